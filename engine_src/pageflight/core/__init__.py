@@ -1,0 +1,1 @@
+"""Types that cross package borders. Imports the standard library only."""

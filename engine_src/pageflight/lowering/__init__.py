@@ -1,0 +1,1 @@
+"""Lowerings: the one decoder definition turned into something that runs."""

@@ -1,0 +1,89 @@
+"""What a lowering must offer: operations for the decoder definition, and a compiled model that runs steps.
+
+Shapes: T packed tokens of a step, S sequences that run, N block indices of all of them, L rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """One forward pass in flat arrays; sequences are packed one after another, prompt chunks and decode tokens alike.
+
+    Block indices of sequence s are `block_indices_N[block_begins[s] : block_begins[s + 1]]`, enough blocks for
+    `past_lens_S[s]` cached tokens plus the new ones. `take_L` picks the packed tokens whose logits are wanted.
+    """
+
+    ids_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    past_lens_S: NDArray[np.int32]
+    token_begins: NDArray[np.int32]  # [S + 1]
+    block_indices_N: NDArray[np.int32]
+    block_begins: NDArray[np.int32]  # [S + 1]
+    max_context_len: int
+    take_L: NDArray[np.int64]
+
+
+class Ops(Protocol[Value]):
+    """The operations a decoder is written against. `Value` is the lowering's own kind of tensor.
+
+    Weights are named as `models` names them; activations are [tokens, features]. Fused weights: `qkv` and `gate_up`
+    hold their parts stacked along the output axis.
+    """
+
+    def inputs(self) -> tuple[Value, Value, Value]: ...  # ids_T, positions_T, take_L
+    def embed(self, ids: Value, weight: str) -> Value: ...
+    def take(self, x: Value, rows: Value) -> Value: ...
+    def rope_rows(self, positions: Value) -> Any: ...
+    def rms_norm(self, x: Value, weight: str, eps: float) -> Value: ...
+    def linear(self, x: Value, weight: str, bias: str | None = None) -> Value: ...
+    def split(self, x: Value, sizes: Sequence[int]) -> Sequence[Value]: ...
+    def rope(self, x: Value, rows: Any, num_heads: int) -> Value: ...
+    def paged_attention(self, layer: int, q: Value, k: Value, v: Value) -> Value: ...
+    def silu_mul(self, gate: Value, up: Value) -> Value: ...
+    def add(self, a: Value, b: Value) -> Value: ...
+
+
+class CompiledModel(Protocol):
+    """A loaded engine. One step is in flight at a time; `start` returns at once where the target allows it."""
+
+    block_size: int
+    vocab_size: int
+    kv_bytes_per_block: int  # K and V of all layers
+
+    def allocate(self, num_blocks: int) -> None:
+        """Create the K/V blocks (once). Block ids are 0 … num_blocks - 1."""
+
+    def start(self, inputs: StepInputs) -> None:
+        """Begin one forward pass. The arrays must not change until `wait` returned."""
+
+    def wait(self) -> NDArray[np.float32]:
+        """Logits [L, V] of the pass; valid until the next `start`. The interpreter lock is free while it waits."""
+
+    def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """Copy whole blocks in every layer, K and V."""
+
+    def close(self) -> None: ...
+
+
+class Lowering(Protocol):
+    """One target: knows its machine and loads engines built for it."""
+
+    name: str
+
+    def fingerprint(self, dtype: str) -> dict[str, str]:
+        """What an engine built here depends on (versions, CPU features or GPU)."""
+
+    def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
+        """Load an engine directory. Raises ManifestMismatch with the reason when it was built for something else."""

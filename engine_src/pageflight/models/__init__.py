@@ -1,0 +1,1 @@
+"""Decoder definition, families, reading of checkpoint configurations."""

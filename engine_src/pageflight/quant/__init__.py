@@ -1,0 +1,1 @@
+"""Weight formats: everything becomes one in-memory form."""

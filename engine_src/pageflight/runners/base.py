@@ -1,0 +1,33 @@
+"""The seam between scheduling and execution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pageflight.core.plan import StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerLimits:
+    """What the scheduler must know of the runner it plans for."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+
+
+class Runner(Protocol):
+    """Executes plans in order. Mirrors rows and block tables from the plans' differences."""
+
+    limits: RunnerLimits
+
+    def submit(self, plan: StepPlan) -> None:
+        """Apply the plan's differences and begin its forward pass."""
+
+    def collect(self) -> StepResult:
+        """Wait for the submitted plan, sample, and return the ids."""
+
+    def close(self) -> None: ...

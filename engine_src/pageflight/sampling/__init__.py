@@ -1,0 +1,1 @@
+"""Choosing tokens from logits: penalties, filters, keyed random numbers, log probabilities."""

@@ -1,0 +1,1 @@
+"""Scheduler and admission: decides each step; never touches a tensor of the model."""
