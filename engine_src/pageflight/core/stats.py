@@ -1,0 +1,33 @@
+"""A snapshot of the core for metrics: gauges as they are, counters since the core started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreStats:
+    # gauges
+    num_running: int = 0  # sequences that hold a row
+    num_context: int = 0  # of them, still computing their prompt
+    num_waiting: int = 0
+    num_preempted: int = 0  # waiting sequences that had a row before
+    max_num_seqs: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # free or evictable
+    block_size: int = 0
+    last_step_context_tokens: int = 0
+    last_step_generation_rows: int = 0
+    cpu_memory_bytes: int = 0  # weights and cache
+    gpu_memory_bytes: int = 0
+    pinned_memory_bytes: int = 0
+    # counters
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    reused_blocks: int = 0
+    preemptions: int = 0
+    cancellations: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)  # by reason
