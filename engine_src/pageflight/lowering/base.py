@@ -5,16 +5,17 @@ Shapes: T packed tokens of a step, S sequences that run, N block indices of all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
+
+from pageflight.models.ops import Ops
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Value = TypeVar("Value")
+__all__ = ["CompiledModel", "Lowering", "Ops", "StepInputs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,26 +34,6 @@ class StepInputs:
     block_begins: NDArray[np.int32]  # [S + 1]
     max_context_len: int
     take_L: NDArray[np.int64]
-
-
-class Ops(Protocol[Value]):
-    """The operations a decoder is written against. `Value` is the lowering's own kind of tensor.
-
-    Weights are named as `models` names them; activations are [tokens, features]. Fused weights: `qkv` and `gate_up`
-    hold their parts stacked along the output axis.
-    """
-
-    def inputs(self) -> tuple[Value, Value, Value]: ...  # ids_T, positions_T, take_L
-    def embed(self, ids: Value, weight: str) -> Value: ...
-    def take(self, x: Value, rows: Value) -> Value: ...
-    def rope_rows(self, positions: Value) -> Any: ...
-    def rms_norm(self, x: Value, weight: str, eps: float) -> Value: ...
-    def linear(self, x: Value, weight: str, bias: str | None = None) -> Value: ...
-    def split(self, x: Value, sizes: Sequence[int]) -> Sequence[Value]: ...
-    def rope(self, x: Value, rows: Any, num_heads: int) -> Value: ...
-    def paged_attention(self, layer: int, q: Value, k: Value, v: Value) -> Value: ...
-    def silu_mul(self, gate: Value, up: Value) -> Value: ...
-    def add(self, a: Value, b: Value) -> Value: ...
 
 
 class CompiledModel(Protocol):

@@ -1,1 +1,1 @@
-"""Choosing tokens from logits: penalties, filters, keyed random numbers, log probabilities."""
+"""From logits to token ids: adjustments, filters and reproducible random draws, on numpy alone."""

@@ -1,0 +1,93 @@
+"""An engine directory as a lowering opens it: manifest, configuration and weights, each checked against the others."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageflight.core.errors import ManifestMismatch
+from pageflight.core.manifest import EngineManifest
+from pageflight.models.config import DecoderConfig
+from pageflight.quant.store import WEIGHTS_NAME, WeightStore
+
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineDir:
+    """A folder that `pageflight build` made, opened."""
+
+    folder: Path
+    manifest: EngineManifest
+    config: DecoderConfig
+    weights: WeightStore
+
+
+def open_engine(folder: Path, lowering: str) -> EngineDir:
+    """Open an engine built for `lowering`. Raises ManifestMismatch naming what does not fit."""
+    manifest = EngineManifest.read(folder)
+    if manifest.lowering != lowering:
+        raise ManifestMismatch(f"{folder}: lowering={manifest.lowering!r}, asked to load it with {lowering!r}")
+    if manifest.tensor_parallel != 1 or manifest.pipeline_parallel != 1:
+        raise ManifestMismatch(
+            f"{folder}: tensor_parallel={manifest.tensor_parallel}, pipeline_parallel={manifest.pipeline_parallel};"
+            f" {lowering} runs on one device only"
+        )
+    config = DecoderConfig.from_json(manifest.model)
+    if manifest.vocab_size != config.vocab_size:
+        raise ManifestMismatch(f"{folder}: vocab_size={manifest.vocab_size}, its model has {config.vocab_size}")
+    for record in manifest.files:
+        path = folder / record.path
+        if not path.is_file():
+            raise ManifestMismatch(f"{path} is missing; build the engine again")
+        if path.stat().st_size != record.num_bytes:
+            raise ManifestMismatch(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {record.num_bytes}; build the engine again"
+            )
+    return EngineDir(folder, manifest, config, WeightStore(folder / WEIGHTS_NAME, config))
+
+
+class Verification:
+    """Hashes the engine's files beside the compilation, whose reading of them it warms up."""
+
+    def __init__(self, engine: EngineDir) -> None:
+        self._engine = engine
+        self._problem: ManifestMismatch | None = None
+        self._thread = threading.Thread(target=self._run, name="pageflight-verify", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for record in self._engine.manifest.files:
+            path = self._engine.folder / record.path
+            digest = hashlib.sha256()
+            try:
+                with path.open("rb") as file:
+                    while piece := file.read(_READ_BYTES):
+                        digest.update(piece)
+            except OSError as error:
+                self._problem = ManifestMismatch(f"{path} cannot be read: {error.strerror}")
+                return
+            if digest.hexdigest() != record.sha256:
+                self._problem = ManifestMismatch(
+                    f"{path} was changed after the build (sha256 differs); build the engine again"
+                )
+                return
+
+    def finish(self) -> None:
+        """Wait for the hashes. Raises ManifestMismatch when a file is not the one that was built."""
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+
+def compare_fingerprints(folder: Path, built: dict[str, str], here: dict[str, str]) -> None:
+    """Raises ManifestMismatch listing every entry of `built` that this machine answers differently."""
+    differing = [
+        f"{key} {built.get(key, 'absent')!r}, here {here.get(key, 'absent')!r}"
+        for key in sorted({*built, *here})
+        if built.get(key) != here.get(key)
+    ]
+    if differing:
+        raise ManifestMismatch(f"{folder} was built for another machine: {'; '.join(differing)}; build the engine again")

@@ -1,0 +1,91 @@
+"""A compiled OpenVINO decoder: our own K/V blocks, one asynchronous request, one step in flight.
+
+Shapes as in `lowering.base`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from openvino import CompiledModel, Shape, Tensor
+
+from pageflight.core.errors import ConfigError
+from pageflight.lowering.base import StepInputs
+
+_CACHE_KINDS = ("key_cache", "value_cache")
+
+
+class OpenVinoModel:
+    """Runs steps of one compiled graph. `keep` is what the graph's constants borrow their memory from."""
+
+    def __init__(self, compiled: CompiledModel, num_layers: int, vocab_size: int, keep: list[object]) -> None:
+        self.vocab_size = vocab_size
+        self._compiled, self._keep = compiled, keep
+        self._request = compiled.create_infer_request()
+        self._ports = {port.get_any_name(): port for port in compiled.inputs}
+        self._block_shapes: dict[str, tuple[list[int], Any]] = {}
+        for layer in range(num_layers):
+            for kind in _CACHE_KINDS:
+                name = f"{kind}.{layer}"
+                dims = list(self._ports[name].get_partial_shape())[1:]
+                shape = [dim.get_length() for dim in dims]  # heads, tokens of a block, features with inline scales
+                self._block_shapes[name] = (shape, self._ports[name].get_element_type())
+        self.block_size = self._block_shapes["key_cache.0"][0][1]
+        self.kv_bytes_per_block = sum(_num_bytes(*layout) for layout in self._block_shapes.values())
+        self._blocks: list[NDArray[np.uint8]] = []  # per layer and kind, [num_blocks, bytes of a block]
+        self._num_logits = 0
+        self._step: tuple[object, ...] = ()  # tensors of the pass in flight: they borrow the arrays of its inputs
+
+    def allocate(self, num_blocks: int) -> None:
+        """Create the K/V blocks (once). Raises ConfigError when memory does not suffice."""
+        assert not self._blocks, "blocks are allocated once"
+        for name, (shape, element) in self._block_shapes.items():
+            try:
+                blocks = np.zeros((num_blocks, _num_bytes(shape, element)), np.uint8)
+            except MemoryError:
+                raise ConfigError(
+                    f"{num_blocks} blocks take {num_blocks * self.kv_bytes_per_block} bytes, more than there is memory"
+                ) from None
+            self._request.set_tensor(self._ports[name], Tensor(blocks, Shape([num_blocks, *shape]), element))
+            self._blocks.append(blocks)
+
+    def start(self, inputs: StepInputs) -> None:
+        assert self._blocks, "allocate comes first"
+        named = (
+            ("ids", inputs.ids_T),
+            ("positions", inputs.positions_T),
+            ("take", inputs.take_L),
+            ("past_lens", inputs.past_lens_S),
+            ("token_begins", inputs.token_begins),
+            ("block_indices", inputs.block_indices_N),
+            ("block_begins", inputs.block_begins),
+            ("max_context_len", np.array(inputs.max_context_len, np.int32)),
+        )
+        self._num_logits = len(inputs.take_L)
+        tensors = []
+        for name, array in named:
+            tensor = Tensor(array, shared_memory=True)
+            self._request.set_tensor(self._ports[name], tensor)
+            tensors.append((array, tensor))
+        self._step = tuple(tensors)
+        self._request.start_async()
+
+    def wait(self) -> NDArray[np.float32]:
+        self._request.wait()
+        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return logits.reshape(self._num_logits, self.vocab_size)
+
+    def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        for blocks in self._blocks:
+            blocks[targets] = blocks[sources]
+
+    def close(self) -> None:
+        self._blocks.clear()
+        self._step = ()
+        self._keep.clear()
+
+
+def _num_bytes(shape: list[int], element: Any) -> int:
+    return int(np.prod(shape)) * int(element.bitwidth) // 8

@@ -1,0 +1,61 @@
+"""One generated answer on its way through the core: what happened to it so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pageflight.core.request import Request
+
+
+class State(Enum):
+    """Where a sequence is; it is in exactly one of these places."""
+
+    FORKING = "forking"  # one of n > 1: follows its leader, whose prompt it will share
+    WAITING = "waiting"  # in the queue, holds nothing
+    PREFILL = "prefill"  # holds a row and blocks, computes its known tokens
+    DECODE = "decode"  # holds a row and blocks, one token a step
+    ENDED = "ended"  # its final event has been made
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable state of one sequence, owned by the scheduler. While it holds a row, its tokens and blocks are there."""
+
+    request: Request
+    handle: int
+    sequence_index: int
+    serial: int  # order of arrival, unique
+    tokens: NDArray[np.int32]  # [known] prompt and output, as of when it last held no row
+    state: State = State.WAITING
+    row: int = -1
+    num_computed: int = 0  # planned so far; kept only in PREFILL, a decoding row has computed all but its last token
+    digests: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    num_registered: int = 0  # of its blocks, those that the prefix cache has seen
+    followers: list[Sequence] = field(default_factory=list)  # FORKING siblings that wait for this one's prompt
+    leader: Sequence | None = None  # only in FORKING
+    first_scheduled_s: float = 0.0
+    was_scheduled: bool = False
+    num_computed_before: int = 0  # tokens computed when it was preempted
+    num_cached_tokens: int = 0
+    num_reused_blocks: int = 0
+    num_new_blocks: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller goes first: higher priority, then earlier arrival."""
+        return (-self.request.priority, self.serial)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def max_len(self) -> int:
+        """Length of prompt and output at which `max_tokens` ends the sequence."""
+        return self.num_prompt + self.request.sampling.max_tokens
