@@ -98,7 +98,8 @@ def train_tokenizer(
 
 def split_at_definitions(text: str, rng: random.Random, chance: float) -> list[str]:
     """Cuts a file before some of its top-level definitions, so that a document may begin with `def` or `class`."""
-    pieces, current = [], []
+    pieces: list[str] = []
+    current: list[str] = []
     for line in text.splitlines(keepends=True):
         if current and line.startswith(("def ", "class ", "@", "async def ")):
             decorated = current[-1].startswith("@")

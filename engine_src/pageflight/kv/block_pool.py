@@ -86,7 +86,9 @@ class BlockPool:
         """Assert that no block is lost or doubly owned. `held` names the holders' blocks, one entry per reference."""
         for block, count in enumerate(self._refs):
             assert count >= 0, f"block {block} has {count} references"
-            assert (count == 0) == (block in self._free), f"block {block}: {count} references, free={block in self._free}"
+            assert (count == 0) == (block in self._free), (
+                f"block {block}: {count} references, free={block in self._free}"
+            )
         num_held = sum(1 for count in self._refs if count)
         assert num_held + len(self._free) == self.num_blocks, "a block was lost"
         seen_kept = False

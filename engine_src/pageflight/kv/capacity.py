@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from pageflight.core.config import KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError
@@ -133,7 +133,7 @@ def _memberships(path: Path) -> list[tuple[str, str]]:
 
 
 def _walk_up(root: Path, path: str, limit_name: str, usage_name: str, cache_key: str) -> list[FreeMemory]:
-    """What each group from `path` up to `root` leaves free. Inside a container the path may not exist: then the root."""
+    """What each group from `path` up to `root` leaves free. Inside a container `path` may not exist: then the root."""
     found = []
     folder = root / path.strip("/")
     while True:

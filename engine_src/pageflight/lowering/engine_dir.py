@@ -90,4 +90,5 @@ def compare_fingerprints(folder: Path, built: dict[str, str], here: dict[str, st
         if built.get(key) != here.get(key)
     ]
     if differing:
-        raise ManifestMismatch(f"{folder} was built for another machine: {'; '.join(differing)}; build the engine again")
+        reasons = "; ".join(differing)
+        raise ManifestMismatch(f"{folder} was built for another machine: {reasons}; build the engine again")

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
+import openvino as ov  # type: ignore[import-untyped]
 
 from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine

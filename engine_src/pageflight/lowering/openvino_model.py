@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from openvino import CompiledModel, Shape, Tensor
+from openvino import CompiledModel, Shape, Tensor  # type: ignore[import-untyped]
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.base import StepInputs
@@ -32,7 +32,7 @@ class OpenVinoModel:
                 dims = list(self._ports[name].get_partial_shape())[1:]
                 shape = [dim.get_length() for dim in dims]  # heads, tokens of a block, features with inline scales
                 self._block_shapes[name] = (shape, self._ports[name].get_element_type())
-        self.block_size = self._block_shapes["key_cache.0"][0][1]
+        self.block_size = self._block_shapes["value_cache.0"][0][1]  # keys may carry scales along the tokens
         self.kv_bytes_per_block = sum(_num_bytes(*layout) for layout in self._block_shapes.values())
         self._blocks: list[NDArray[np.uint8]] = []  # per layer and kind, [num_blocks, bytes of a block]
         self._num_logits = 0

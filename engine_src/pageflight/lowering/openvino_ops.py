@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import openvino as ov
+import openvino as ov  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from openvino import Model, PartialShape, Shape, Tensor, Type
 from openvino import opset13 as opset
-from openvino.op import Constant, Parameter, _PagedAttentionExtension
+from openvino.op import Constant, Parameter, _PagedAttentionExtension  # type: ignore[import-untyped]
 
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables

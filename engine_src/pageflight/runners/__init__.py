@@ -1,1 +1,1 @@
-"""Runners: what executes step plans."""
+"""Runners: what executes step plans. Rows and block tables are mirrored from the plans' differences."""

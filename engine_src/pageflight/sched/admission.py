@@ -39,6 +39,8 @@ class AdmissionLimits:
             raise InvalidArgument("n", sampling.n, "must be at least 1")
         if sampling.n > 1 and request.output_ids:
             raise InvalidArgument("n", sampling.n, "a sequence with output already is taken over alone, with n=1")
+        if not -(1 << 31) <= request.priority < 1 << 31:
+            raise InvalidArgument("priority", request.priority, "must fit 32 bits")
         if request.handle < 0 or request.handle + sampling.n > 1 << 63:
             raise InvalidArgument("handle", request.handle, "must be from 0 and fit 63 bits")
         if request.deadline_s is not None and request.deadline_s != request.deadline_s:
@@ -51,6 +53,14 @@ class AdmissionLimits:
                 raise InvalidArgument("stop_token_ids", stop_id, f"must be 0 to {self.vocab_size - 1}")
         return self._checked_ids(request.prompt_ids + request.output_ids)
 
+    @staticmethod
+    def end_of_output(request: Request) -> str | None:
+        """Why a sequence that is taken over with `output_ids` has ended already, or None if it has not."""
+        output_ids, sampling = request.output_ids, request.sampling
+        if output_ids and output_ids[-1] in sampling.stop_token_ids and len(output_ids) > sampling.min_tokens:
+            return "stop"
+        return "length" if len(output_ids) >= sampling.max_tokens else None
+
     def _check_length(self, num_prompt: int, max_tokens: int) -> None:
         limit = self.max_sequence_len
         name = "max_model_len" if limit == self.max_model_len else "the K/V cache"
@@ -58,7 +68,9 @@ class AdmissionLimits:
             raise PromptTooLong("prompt", f"{num_prompt} tokens", f"at most {limit - 1} leave room to answer in {name}")
         if num_prompt + max_tokens > limit:
             raise PromptTooLong(
-                "max_tokens", max_tokens, f"at most {limit - num_prompt} after {num_prompt} prompt tokens: {name} holds {limit}"
+                "max_tokens",
+                max_tokens,
+                f"at most {limit - num_prompt} after {num_prompt} prompt tokens: {name} holds {limit}",
             )
         needed = blocks_for(num_prompt + max_tokens - 1, self.block_size)
         assert needed <= self.num_blocks

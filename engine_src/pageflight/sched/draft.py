@@ -1,4 +1,4 @@
-"""The next plan while it is being made: what changed in rows, tables and blocks since the last one."""
+"""The next plan while it is being made, and a plan that is under way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pageflight.core.plan import RowStart
+from pageflight.core.plan import RowStart, StepPlan
+from pageflight.sched.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Chunks:
+    """Prompt chunks of the plan being made, column by column."""
+
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    completed: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A plan that is not settled yet, and what tells whether its rows still have the holders they had."""
+
+    plan: StepPlan
+    num_releases: int
+    epochs: NDArray[np.int64]  # [S]
+    all_sample: bool
+    completed: list[Sequence]  # their prompt is computed by this plan
 
 
 @dataclass(slots=True)
@@ -19,26 +42,52 @@ class Draft:
     starts: dict[int, RowStart] = field(default_factory=dict)
     table: list[tuple[int, int, int]] = field(default_factory=list)  # row, column, block
     copies: list[tuple[int, int, int]] = field(default_factory=list)  # row that wants it, source, target
-    held_sources: list[int] = field(default_factory=list)  # one reference each, until the plan is made
 
     def start(self, start: RowStart, blocks: Iterable[int]) -> None:
+        """A sequence takes a row with these blocks."""
         self.starts[start.row] = start
         self.table.extend((start.row, column, block) for column, block in enumerate(blocks))
 
-    def end(self, row: int) -> None:
-        if row in self.starts:
-            del self.starts[row]
-            self.copies = [copy for copy in self.copies if copy[0] != row]
-        else:
-            self.ended_rows.add(row)
+    def end(self, row: int) -> list[int]:
+        """A row is released; returns the sources of copies that are not wanted any more."""
         if self.table:
             self.table = [update for update in self.table if update[0] != row]
+        if self.starts.pop(row, None) is None:
+            self.ended_rows.add(row)
+            return []
+        dropped = [source for wanted_by, source, _target in self.copies if wanted_by == row]
+        self.copies = [copy for copy in self.copies if copy[0] != row]
+        return dropped
 
-    def tables_as_arrays(self) -> tuple[NDArray[np.int32] | None, ...]:
-        """Rows, columns, blocks, copy sources and copy targets, each [U] or [C] int32, or None for nothing."""
-        rows = columns = blocks = sources = targets = None
+    def copy_sources(self) -> list[int]:
+        """Blocks to be copied; one reference to each is held until the plan is made."""
+        return [source for _row, source, _target in self.copies]
+
+    def finish(
+        self,
+        step: int,
+        rows: NDArray[np.int32],
+        starts_at: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        samples: NDArray[np.bool_],
+    ) -> StepPlan:
+        """The plan: these chunks, after the differences gathered here."""
+        table_rows = table_columns = table_blocks = copy_sources = copy_targets = None
         if self.table:
-            rows, columns, blocks = np.array(self.table, np.int32).T.copy()
+            table_rows, table_columns, table_blocks = np.array(self.table, np.int32).T.copy()
         if self.copies:
-            _, sources, targets = np.array(self.copies, np.int32).T.copy()
-        return rows, columns, blocks, sources, targets
+            _rows, copy_sources, copy_targets = np.array(self.copies, np.int32).T.copy()
+        return StepPlan(
+            step=step,
+            rows=rows,
+            starts_at=starts_at,
+            lengths=lengths,
+            samples=samples,
+            starts=tuple(self.starts.values()),
+            ended_rows=tuple(sorted(self.ended_rows)),
+            table_rows=table_rows,
+            table_columns=table_columns,
+            table_blocks=table_blocks,
+            copy_sources=copy_sources,
+            copy_targets=copy_targets,
+        )

@@ -33,6 +33,8 @@ class Rows:
         self.min_len = np.zeros(num_rows, np.int32)  # length up to which a stop id does not end it
         self.handles = np.zeros(num_rows, np.int64)
         self.epochs = np.zeros(num_rows, np.int64)  # how often the row was released: tells its holders apart
+        self.priorities = np.zeros(num_rows, np.int64)
+        self.serials = np.full(num_rows, -1, np.int64)  # order of arrival; -1 for free rows
         self.decoding = np.zeros(num_rows, np.bool_)  # takes part in the next step with its last token
         self.stop_ids = np.full((NUM_STOP_COLUMNS, num_rows), -1, np.int32)  # [K, R]
         self.num_stop_columns = 0  # columns that any row has used
@@ -62,6 +64,8 @@ class Rows:
         self.max_len[row] = sequence.max_len
         self.min_len[row] = sequence.num_prompt + sampling.min_tokens
         self.handles[row] = sequence.handle
+        self.priorities[row] = sequence.request.priority
+        self.serials[row] = sequence.serial
         stop_ids = sampling.stop_token_ids
         self.stop_ids[:, row] = -1
         if len(stop_ids) <= NUM_STOP_COLUMNS:
@@ -74,19 +78,37 @@ class Rows:
 
     def release(self, row: int) -> list[int]:
         """Free the row and return its blocks, first to last. Its sequence keeps the tokens whose ids are known."""
-        sequence = self.sequences[row]
-        assert sequence is not None and sequence.row == row, f"row {row} is free already"
+        sequence = self.held_by(row)
+        assert sequence.row == row
         sequence.tokens = self.tokens[row, : self.num_settled[row]].copy()
         sequence.row = -1
         blocks = self.blocks(row)
         self.sequences[row] = None
-        self.num_blocks[row] = 0
+        self.num_blocks[row] = self.max_len[row] = 0
+        self.serials[row] = -1
         self.decoding[row] = False
         self.epochs[row] += 1
         self.long_stop_ids.pop(row, None)
         self.num_releases += 1
         heapq.heappush(self._free, row)
         return blocks
+
+    def held_by(self, row: int) -> Sequence:
+        """The sequence that holds `row`."""
+        sequence = self.sequences[row]
+        assert sequence is not None, f"row {row} is free"
+        return sequence
+
+    def worst(self) -> Sequence:
+        """The running sequence that is served last: lowest priority, then youngest. At least one row is held."""
+        held = np.flatnonzero(self.serials >= 0)
+        priorities = self.priorities[held]
+        lowest = held[priorities == priorities.min()]
+        return self.held_by(int(lowest[self.serials[lowest].argmax()]))
+
+    def num_growing(self) -> int:
+        """How many running sequences will still need a block that they do not hold yet."""
+        return int(np.count_nonzero(self.max_len - 1 > self.num_blocks * self.block_size))
 
     def blocks(self, row: int) -> list[int]:
         """The row's blocks, first to last."""

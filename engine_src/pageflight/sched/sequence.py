@@ -41,7 +41,9 @@ class Sequence:
     leader: Sequence | None = None  # only in FORKING
     first_scheduled_s: float = 0.0
     was_scheduled: bool = False
+    is_preempted: bool = False  # waits, and had a row before
     num_computed_before: int = 0  # tokens computed when it was preempted
+    num_shared: int = 0  # of the blocks it holds, those found computed when it took its row
     num_cached_tokens: int = 0
     num_reused_blocks: int = 0
     num_new_blocks: int = 0

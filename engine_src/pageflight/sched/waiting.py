@@ -10,7 +10,7 @@ _COMPACT_AT = 64
 
 
 class WaitingQueue:
-    """A heap by rank. Sequences that ended while waiting stay in it until they reach the top or outnumber the others."""
+    """A heap by rank. Those that ended while waiting stay in it until they reach the top or outnumber the others."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], Sequence]] = []

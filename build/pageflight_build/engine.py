@@ -1,0 +1,108 @@
+"""The engine directory: weights, tokenizer files and the manifest that describes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pageflight.core.errors import ConfigError
+from pageflight.core.manifest import MANIFEST_NAME, EngineManifest, FileRecord
+from pageflight.lowering import registry
+from pageflight.models.checkpoint import Checkpoint, open_checkpoint
+from pageflight.models.config import DecoderConfig
+from pageflight_build.checkpoint_files import TextFacts, read_text_facts
+from pageflight_build.machine import cpu_flags, default_dtype
+from pageflight_build.options import EngineOptions
+
+INT8_GROUP = 64
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source:
+    """A checkpoint that was read and found fit to be served."""
+
+    folder: Path
+    config: DecoderConfig
+    weights: Checkpoint
+    text: TextFacts
+
+
+def read_source(folder: Path) -> Source:
+    """Open and check everything of a checkpoint. Raises CheckpointError with the reason it cannot be served."""
+    config, weights = open_checkpoint(folder)
+    return Source(folder=folder, config=config, weights=weights, text=read_text_facts(folder, config))
+
+
+def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> EngineOptions:
+    """Every open choice made: dtype for this CPU, cache dtype for that, groups that divide the model's sizes.
+
+    Raises ConfigError when `max_model_len` is beyond what the model was made for.
+    """
+    dtype = options.dtype or default_dtype(cpu_flags())
+    kv_dtype = options.kv_dtype or ("fp32" if dtype == "fp32" else "bf16")
+    group_size = options.group_size
+    if dtype != "int8":
+        if group_size > 0:
+            raise ConfigError(f"group_size={group_size}: only dtype int8 has groups, dtype is {dtype}")
+        group_size = 0
+    elif group_size == -1:
+        inputs = (config.hidden_size, config.q_size, config.intermediate_size)
+        group_size = 0 if any(size % INT8_GROUP for size in inputs) else INT8_GROUP
+    if options.max_model_len > config.max_positions:
+        raise ConfigError(
+            f"max_model_len={options.max_model_len}: the model was made for {config.max_positions} positions"
+        )
+    return replace(
+        options,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        group_size=group_size,
+        max_model_len=options.max_model_len or config.max_positions,
+    )
+
+
+def make_manifest(name: str, source: Source, options: EngineOptions, *, block_size: int) -> EngineManifest:
+    """The manifest without its files. `options` must be resolved."""
+    assert options.dtype and options.kv_dtype and options.max_model_len, "options are resolved first"
+    config, text = source.config, source.text
+    return EngineManifest(
+        name=name,
+        family=config.family,
+        lowering=options.engine,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        quant_group_size=options.group_size,
+        block_size=block_size,
+        max_model_len=options.max_model_len,
+        vocab_size=config.vocab_size,
+        bos_token_id=text.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        pad_token_id=text.pad_token_id,
+        add_bos=text.add_bos,
+        model=config.to_json(),
+        generation=text.generation,
+        fingerprint=registry.get(options.engine).fingerprint(options.dtype),
+    )
+
+
+def record_files(folder: Path, advance: Callable[[int, int], None]) -> tuple[FileRecord, ...]:
+    """Path, size and sha256 of every file of an engine directory but the manifest; `advance` counts bytes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    total = sum(path.stat().st_size for path in paths)
+    done, records = 0, []
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+                done += len(piece)
+                advance(done, total)
+        records.append(
+            FileRecord(
+                path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=digest.hexdigest()
+            )
+        )
+    return tuple(records)

@@ -1,0 +1,116 @@
+"""What a build is asked for: frozen, checked once, with the defaults that depend on machine and model resolved later."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageflight.core.errors import ConfigError
+
+ENGINES = ("openvino", "torch")
+DTYPES = ("fp32", "bf16", "int8")
+KV_DTYPES = ("fp32", "bf16", "u8")
+RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What shapes the engine: another value here means another conversion.
+
+    `dtype`, `kv_dtype` None and `group_size` -1 are chosen for machine and model; `max_model_len` 0 is the model's own.
+    """
+
+    engine: str = "openvino"
+    dtype: str | None = None
+    group_size: int = -1
+    kv_dtype: str | None = None
+    max_model_len: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ENGINES)
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, DTYPES)
+        if self.kv_dtype is not None:
+            _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _at_least("group_size", self.group_size, -1)
+        _at_least("max_model_len", self.max_model_len, 0)
+        if self.group_size > 0 and self.dtype not in (None, "int8"):
+            raise ConfigError(f"group_size={self.group_size}: only dtype int8 has groups, dtype is {self.dtype}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """What ends in `config.pbtxt`: another value here rewrites the configuration and keeps the engine.
+
+    `kv_memory` is in bytes, 0 means computed from free memory; `threads` 0 means all cores shared by the instances.
+    """
+
+    kv_memory: int = 0
+    max_num_seqs: int = 256
+    max_num_tokens: int = 512
+    max_queue_size: int = 10_000
+    instances: int = 1
+    threads: int = 0
+    engine_name: str = "engine"
+    exclude_input_in_output: bool = True
+    default_max_tokens: int = 256
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_tokens", "max_queue_size", "instances", "default_max_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("kv_memory", "threads"):
+            _at_least(name, getattr(self, name), 0)
+        if self.instances > 64:
+            raise ConfigError(f"instances={self.instances}: at most 64 fit one server")
+        check_name("engine_name", self.engine_name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """One `pageflight build`. `default` makes this model the owner of `ensemble`; the first model is it anyway."""
+
+    checkpoint: Path
+    repository: Path
+    name: str
+    engine: EngineOptions = EngineOptions()
+    serving: ServingOptions = ServingOptions()
+    default: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        if self.name == self.serving.engine_name:
+            raise ConfigError(f"name={self.name!r}: the engine model has that name already; choose another --name")
+
+
+def check_name(option: str, name: str) -> None:
+    """Raises ConfigError when `name` cannot be a model's name (it becomes a folder and part of a URL)."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(f"{option}={name!r}: use 1 to 128 letters, digits, '.', '_' or '-', first a letter or digit")
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"{option}={name!r}: a model of the pipeline has that name; choose another")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "4GiB", "512MiB", "3e9" or "0". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{text!r} is not an amount of memory; write for example 4GiB, 512MiB or a number of bytes")
+    unit = (match[2] or "").upper()
+    power = " KMGT".index(unit[0]) if unit else 0
+    return int(float(match[1]) * (1024 if unit.endswith("I") else 1000) ** power)
+
+
+def _one_of(option: str, value: str, supported: tuple[str, ...]) -> None:
+    if value not in supported:
+        raise ConfigError(f"{option}={value!r}: supported are {', '.join(supported)}")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if not least <= value <= (_NO_LIMIT if option != "kv_memory" else 2**62):
+        raise ConfigError(f"{option}={value}: must be at least {least}")

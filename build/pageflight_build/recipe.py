@@ -1,0 +1,184 @@
+"""The build: named stages from a checkpoint to a repository in its place.
+
+read → convert → describe → verify → assemble. Everything happens in a folder beside the target; the last act is to give
+that folder the target's name. A build that fails or is interrupted leaves the target as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pageflight.core.errors import PageflightError
+from pageflight.core.manifest import EngineManifest
+from pageflight.lowering import registry
+from pageflight.quant.convert import convert
+from pageflight.quant.store import WEIGHTS_NAME
+from pageflight_build import repository
+from pageflight_build.checkpoint_files import TOKENIZER_FOLDER, copy_text_files
+from pageflight_build.engine import Source, make_manifest, read_source, record_files, resolve_engine_options
+from pageflight_build.inputs import engine_inputs
+from pageflight_build.options import BuildOptions, EngineOptions
+from pageflight_build.progress import BuildProgress, Silent, StageReport
+from pageflight_build.record import ModelRecord, RepositoryRecord
+from pageflight_build.reference import reference_logits
+from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
+from pageflight_build.verify import REFERENCE_MAX_PARAMETERS, verification_ids, verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """Where the model is served from. `reused` means that nothing had to be done."""
+
+    repository: Path
+    name: str
+    engine_dir: Path
+    manifest: EngineManifest
+    reused: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One named step; `run` returns the line that sums it up."""
+
+    title: str
+    run: Callable[[StageReport], str]
+
+
+def build(options: BuildOptions, progress: BuildProgress | None = None) -> BuildResult:
+    """Build one checkpoint into `options.repository`, or find that it is there already.
+
+    Raises CheckpointError for a checkpoint that cannot be served, ConfigError for options or a target folder that
+    cannot work. The repository is changed in one step at the very end, or not at all.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    target = options.repository.expanduser().resolve()
+    with repository.locked(target):
+        record = repository.open_target(target, force=options.force)
+        wanted = ModelRecord(
+            name=options.name,
+            checkpoint=str(options.checkpoint),
+            engine_inputs=engine_inputs(options.checkpoint, options.engine),
+            serving=options.serving,
+            default=options.default,
+        )
+        kept = None if options.force else repository.engine_kept(target, record, wanted)
+        if kept is not None and repository.unchanged(record, wanted):
+            manifest = EngineManifest.read(kept)
+            seconds = time.monotonic() - started
+            return BuildResult(
+                repository=target, name=wanted.name, engine_dir=kept, manifest=manifest, reused=True, seconds=seconds
+            )
+        with staging_folder(target) as staged:
+            artifacts = staged / "artifacts"
+            if kept is not None:
+                link_or_copy(kept, artifacts)
+            else:
+                _run(_Engine(options, artifacts).stages(), progress)
+            root = staged / "repository"
+            assemble = repository.Assembly(target, root, record, wanted, artifacts, force=options.force)
+            _run((Stage(title="assemble", run=assemble.run),), progress)
+            put_in_place(root, target)
+    engine_dir = repository.engine_dir(target, assemble.models, wanted.name)
+    return BuildResult(
+        repository=target,
+        name=wanted.name,
+        engine_dir=engine_dir,
+        manifest=EngineManifest.read(engine_dir),
+        reused=False,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Engine:
+    """The stages that make an engine directory at `folder`."""
+
+    def __init__(self, options: BuildOptions, folder: Path) -> None:
+        self._build = options
+        self._folder = folder
+        self._source: Source
+        self._options: EngineOptions
+        self._manifest: EngineManifest
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(title="read", run=self._read),
+            Stage(title="convert", run=self._convert),
+            Stage(title="describe", run=self._describe),
+            Stage(title="verify", run=self._verify),
+        )
+
+    def _read(self, report: StageReport) -> str:
+        self._source = read_source(self._build.checkpoint)
+        config = self._source.config
+        self._options = resolve_engine_options(self._build.engine, config)
+        return (
+            f"{config.family}, {config.num_parameters / 1e6:,.1f} M parameters, {config.num_layers} layers,"
+            f" hidden {config.hidden_size}, {config.max_positions} positions"
+        )
+
+    def _convert(self, report: StageReport) -> str:
+        options, source = self._options, self._source
+        assert options.dtype is not None
+        copy_text_files(source.folder, self._folder / TOKENIZER_FOLDER)
+        converted = convert(
+            source.weights,
+            source.config,
+            self._folder / WEIGHTS_NAME,
+            dtype=options.dtype,
+            group_size=options.group_size,
+            progress=report.advance,
+        )
+        groups = f" in groups of {options.group_size}" if options.group_size else ""
+        return f"{options.dtype}{groups}, {converted.num_bytes / 1e6:,.1f} MB"
+
+    def _describe(self, report: StageReport) -> str:
+        files = record_files(self._folder, report.advance)
+        manifest = make_manifest(self._build.name, self._source, self._options, block_size=1)
+        self._manifest = replace(manifest, files=files)
+        self._manifest.write(self._folder)
+        return f"{len(files)} files; {', '.join(f'{k} {v}' for k, v in manifest.fingerprint.items())}"
+
+    def _verify(self, report: StageReport) -> str:
+        manifest, source = self._manifest, self._source
+        ids = verification_ids(manifest.vocab_size, manifest.max_model_len)
+        reference = None
+        if source.config.num_parameters <= REFERENCE_MAX_PARAMETERS:
+            reference = reference_logits(source.weights, source.config, ids)
+        model = registry.get(manifest.lowering).load(self._folder, num_threads=self._build.serving.threads)
+        try:
+            # Blocks have the size that the target wants; only the loaded engine knows it.
+            self._manifest = replace(manifest, block_size=model.block_size)
+            self._manifest.write(self._folder)
+            result = verify(model, ids, dtype=manifest.dtype, kv_dtype=manifest.kv_dtype, reference=reference)
+        finally:
+            model.close()
+        compared = "not compared with a reference (too large)"
+        if result.reference_error is not None:
+            compared = f"{result.reference_error:.2g} from the reference"
+        return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g})"
+
+
+def _run(stages: tuple[Stage, ...], progress: BuildProgress) -> None:
+    for stage in stages:
+        with _stage(progress, stage.title) as report:
+            summary = stage.run(report)
+        progress.done(stage.title, summary)
+
+
+@contextmanager
+def _stage(progress: BuildProgress, title: str) -> Iterator[StageReport]:
+    """A stage of `progress`; what goes wrong without being one of our errors is named by its stage."""
+    with ExitStack() as stack:
+        report = stack.enter_context(progress.stage(title))
+        try:
+            yield report
+        except MemoryError:
+            raise PageflightError(f"the build ran out of memory in stage {title!r}; free memory or use another machine") from None
+        except OSError as error:
+            raise PageflightError(f"stage {title!r}: {error.strerror or error} ({error.filename})") from error

@@ -1,0 +1,149 @@
+"""One tritonserver as a child process: started, waited for, listened to, drained."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pageflight.cli.client import is_ready
+from pageflight.cli.errors import ServerStartError
+
+_KEPT_LINES = 400
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+_FAILED = re.compile(r"failed to load '([^']+)'(?: version \d+)?: (.*)")
+_PREFIX = re.compile(r"^[EWIF]\d{4} [\d:.]+ \d+ \S+:\d+\] ?")
+_CONSEQUENCES = ("which is not ready", "no available versions", "depends on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """Where the server listens."""
+
+    host: str = "0.0.0.0"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    def check_free(self) -> None:
+        """Raises ServerStartError naming the option of a port that is taken or doubly used."""
+        named = {"http-port": self.http, "grpc-port": self.grpc, "metrics-port": self.metrics}
+        for option, port in named.items():
+            if list(named.values()).count(port) > 1:
+                raise ServerStartError(f"--{option}={port}: the three ports must differ")
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self.host, port))
+                except OSError as error:
+                    raise ServerStartError(
+                        f"--{option}={port}: {error.strerror or error}; stop what uses it or choose another port"
+                    ) from None
+
+    @property
+    def local_host(self) -> str:
+        """A host name by which this machine reaches the server."""
+        return "localhost" if self.host in ("0.0.0.0", "::") else self.host
+
+
+class ServerProcess:
+    """tritonserver in a session of its own: Ctrl-C reaches this program alone, which then drains the server."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], ports: Ports, *, verbose: bool) -> None:
+        self._ports = ports
+        self._verbose = verbose
+        self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it went before the line above
+                os._exit(1)
+
+        self._process = subprocess.Popen(
+            list(command),
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self._reader = threading.Thread(target=self._read, name="tritonserver-log", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, tell: Callable[[str], None]) -> None:
+        """Block until all models are ready; `tell` gets a word of what is going on.
+
+        Raises ServerStartError with the reasons when the server ends first.
+        """
+        while not is_ready(self._ports.local_host, self._ports.http):
+            if self._process.poll() is not None:
+                self._reader.join(timeout=5)
+                raise ServerStartError(self._why_it_ended())
+            for line in reversed(self._lines):
+                if match := re.search(r"(loading|successfully loaded) '?([\w.-]+)'?", line):
+                    tell(f"{match[1].removeprefix('successfully ')} {match[2]}")
+                    break
+            time.sleep(_POLL_S)
+
+    def wait(self) -> int:
+        """Block until the server ends; its exit status."""
+        return self._process.wait()
+
+    def drain(self, timeout_s: float, tell: Callable[[str], None]) -> int:
+        """Let open requests finish for `timeout_s`, then end the server; its exit status. A Ctrl-C meanwhile ends it now."""
+        if self._process.poll() is None:
+            tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            # The server bounds its own wait by --exit-timeout-secs; the rest is for unloading models.
+            return self._process.wait(timeout=timeout_s + 15)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            tell("stopping at once")
+            self.kill()
+            return self._process.wait()
+
+    def kill(self) -> None:
+        """End the server and its stub processes without waiting."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line.rstrip("\n"))
+            if self._verbose:
+                sys.stderr.write(line)
+            elif line[:1] in "EW" and _PREFIX.match(line):
+                sys.stderr.write(line)
+
+    def _why_it_ended(self) -> str:
+        """The models' own reasons from the log, without what merely follows from them; else the last lines."""
+        reasons = []
+        for line in self._lines:
+            match = _FAILED.search(line)
+            if match and not any(word in match[2] for word in _CONSEQUENCES):
+                reasons.append(f"{match[1]}: {match[2].strip()}")
+        if reasons:
+            listed = "\n  ".join(dict.fromkeys(reasons))
+            return f"the server could not load the repository:\n  {listed}"
+        tail = "\n  ".join(_PREFIX.sub("", line) for line in list(self._lines)[-8:])
+        return f"tritonserver ended with status {self._process.returncode} before it was ready:\n  {tail}"

@@ -1,0 +1,157 @@
+"""The step loop: commands in, plans to the runner, events out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pageflight.core.errors import PageflightError
+from pageflight.core.plan import Finished, StepEvents
+from pageflight.core.request import Request
+from pageflight.core.stats import CoreStats
+from pageflight.loop.clock import Clock, monotonic_clock
+from pageflight.runners.base import Runner
+from pageflight.sched.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take a request in; a refusal comes back through `Mailbox.reject`."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End one sequence; no effect if it has ended already."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new requests, finish the open ones, then leave the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the open sequences as cancelled and leave the loop."""
+
+
+Command = Submit | Cancel | Drain | Shutdown
+
+
+class Mailbox(Protocol):
+    """The loop's connection to the fronts. All methods are called by the loop's thread; none may wait for a front."""
+
+    def receive(self, timeout_s: float | None) -> Many[Command]:
+        """Commands that came since the last call. Waits up to `timeout_s` for the first; None: as long as it takes."""
+
+    def publish(self, events: StepEvents) -> None:
+        """News of a step. Called once per step that had any."""
+
+    def reject(self, handle: int, error: PageflightError) -> None:
+        """The request with this handle was refused; none of its sequences gets any other event."""
+
+
+class EngineLoop:
+    """Runs a scheduler's plans on a runner. An exception of the runner ends the loop: its owner restarts the core.
+
+    `report` gets the scheduler's statistics at most every `report_interval_s` seconds while steps run, and once when
+    the loop goes idle.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runner,
+        mailbox: Mailbox,
+        clock: Clock = monotonic_clock,
+        report: Callable[[CoreStats], None] | None = None,
+        report_interval_s: float = 0.25,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.mailbox = mailbox
+        self.clock = clock
+        self.is_finished = False
+        self._unpublished: StepEvents | None = None
+        self._report = report
+        self._report_interval_s = report_interval_s
+        self._next_report_s = 0.0
+        self._is_idle_reported = False
+
+    def run(self) -> None:
+        """Step until a Drain has run dry or a Shutdown came."""
+        while not self.is_finished:
+            self.step()
+
+    def step(self) -> None:
+        """One turn. Events of the step before go out while this one computes."""
+        for command in self.mailbox.receive(self._patience_s()):
+            self._obey(command)
+        plan = self.scheduler.plan(self.clock())
+        if plan is None:
+            self._publish()
+            self._publish_endings()
+            self.is_finished = self.is_finished or (self.scheduler.is_draining and not self.scheduler.has_work)
+            self._report_stats(idle=True)
+            return
+        self.runner.submit(plan)
+        self._publish()
+        self._publish_endings()
+        result = self.runner.collect()
+        self._unpublished = self.scheduler.settle(plan, result, self.clock())
+        self._report_stats(idle=False)
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for commands: not at all while there is work or news, for ever when there is neither."""
+        if self.scheduler.has_work or self._unpublished is not None or self.scheduler.is_draining:
+            return 0.0
+        return None
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(request):
+                try:
+                    self.scheduler.submit(request, self.clock())
+                except PageflightError as error:
+                    self.mailbox.reject(request.handle, error)
+            case Cancel(handle):
+                self.scheduler.cancel(handle)
+            case Drain():
+                self.scheduler.drain()
+            case Shutdown():
+                self.scheduler.drain()
+                self.scheduler.end_all("cancelled", "the server is shutting down")
+                self.is_finished = True
+
+    def _publish(self) -> None:
+        events, self._unpublished = self._unpublished, None
+        if events is not None and (len(events.ids) or events.finished):
+            self.mailbox.publish(events)
+
+    def _publish_endings(self) -> None:
+        """Final events that no step brought go out at once: their clients have waited long enough."""
+        endings = self.scheduler.take_endings()
+        if endings:
+            self.mailbox.publish(endings_only(endings))
+
+    def _report_stats(self, *, idle: bool) -> None:
+        if self._report is None:
+            return
+        now_s = self.clock()
+        if now_s >= self._next_report_s or (idle and not self._is_idle_reported):
+            self._report(self.scheduler.stats())
+            self._next_report_s = now_s + self._report_interval_s
+        self._is_idle_reported = idle
+
+
+def endings_only(finished: tuple[Finished, ...]) -> StepEvents:
+    """Events that carry no ids; their step is -1."""
+    return StepEvents(-1, np.zeros(0, np.int64), np.zeros(0, np.int32), None, finished)

@@ -1,0 +1,434 @@
+"""The front: the stub's side of the engine. Requests go in from any thread, events come out of one.
+
+One response thread blocks for frames and takes whatever is there, so when it falls behind, the tokens of one sequence
+are joined into one event; when it does not, every token, the first before all, goes out as it comes. Since the front
+keeps every id it has received, a core that dies is no loss: each open sequence goes to the next core as a request with
+its output so far, and sampling, keyed by position, continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from pageflight.core.errors import Draining, EngineLost, PageflightError
+from pageflight.core.plan import Finished
+from pageflight.core.request import Request
+from pageflight.core.stats import CoreStats
+from pageflight.loop.address import CoreAddress, process_exists
+from pageflight.loop.client import CoreClient, Disconnected
+from pageflight.loop.frames import (
+    PROTOCOL,
+    Cancel,
+    CoreLimits,
+    FromCore,
+    Hello,
+    Leave,
+    Rejected,
+    StatsFrame,
+    StepFrame,
+    Submit,
+    error_from_wire,
+    float32_of,
+    int32_of,
+    int64_of,
+)
+from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource
+from pageflight.loop.status import read_status
+from pageflight.sched.admission import AdmissionLimits
+
+__all__ = ["Front", "Generation", "Observer", "Sink"]
+
+log = logging.getLogger(__name__)
+
+MAX_REPLAYS = 5
+"""Cores that may die in a row on one sequence without a token of it in between."""
+_STATUS_INTERVAL_S = 0.1
+_NO_SUPERVISOR_LIMIT_S = 10.0
+
+
+class Observer(Protocol):
+    """Metrics. Called on the response thread (and `refused` on the submitting one) for every event: must be cheap."""
+
+    def first_token(self, seconds: float) -> None:
+        """Since arrival."""
+
+    def inter_token(self, seconds: float, count: int) -> None:
+        """`count` tokens came `seconds` after the ones before them."""
+
+    def finished(
+        self, reason: str, end_to_end_s: float, queue_s: float, num_input_tokens: int, num_output_tokens: int
+    ) -> None: ...
+
+    def refused(self, reason: str) -> None:
+        """Reason: the error's class name."""
+
+    def core_stats(self, stats: CoreStats) -> None: ...
+
+    def restarted(self, recomputed_tokens: int) -> None:
+        """Another core took over; so many tokens of open sequences had been computed by the one before."""
+
+
+class Front:
+    """Connection of one Triton model instance to its engine core."""
+
+    def __init__(self, address: CoreAddress, text: TextSource, observer: Observer) -> None:
+        self._address, self._text, self._observer = address, text, observer
+        self._client = CoreClient(address)
+        self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
+        self._idle = threading.Condition(self._lock)
+        self._open: dict[int, OpenSequence] = {}
+        self._next_handle = 0
+        self._epoch: int | None = None  # of the core that takes commands; None while there is none
+        self._last_epoch: int | None = None
+        self._limits: CoreLimits | None = None
+        self._admission: AdmissionLimits | None = None
+        self._lost: PageflightError | None = None
+        self._disconnected_s = time.monotonic()
+        self._draining = False
+        self._stopping = False
+        self._settled = threading.Event()  # ready, or lost
+        self._thread = threading.Thread(target=self._run, name="front-responses", daemon=True)
+        self._thread.start()
+
+    # ---- any thread
+
+    @property
+    def limits(self) -> CoreLimits:
+        """What the core said of itself. Raises EngineLost before the first core was ready."""
+        if self._limits is None:
+            raise self._lost or EngineLost("the engine core is not ready yet")
+        return self._limits
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a core takes requests right now. While one restarts, requests are accepted and wait."""
+        return self._epoch is not None and not self._draining
+
+    @property
+    def num_open(self) -> int:
+        """Sequences without their final event."""
+        return len(self._open)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Block until the core is ready. Raises the typed error that keeps it from starting, or EngineLost."""
+        settled = self._settled.wait(timeout_s)
+        if self._lost is not None:
+            raise self._lost
+        if not settled:
+            status = read_status(self._address.status)
+            heard = "there is no supervisor" if status is None else f"it is {status.state} {status.progress}".rstrip()
+            raise EngineLost(f"the engine core is not ready after {timeout_s:g} s: {heard}")
+
+    def submit(self, generation: Generation, sink: Sink) -> int:
+        """Start `generation`; its events go to `sink` on the response thread, per sequence in order, one of them final.
+
+        Returns the id for `cancel`. Raises InvalidArgument and its kinds for what can never work, Draining, EngineLost.
+        """
+        try:
+            return self._submit(generation, sink)
+        except PageflightError as error:
+            self._observer.refused(type(error).__name__)
+            raise
+
+    def _submit(self, generation: Generation, sink: Sink) -> int:
+        stops = SharedStops.of(generation)
+        if self._admission is None:
+            raise self._lost or EngineLost("the engine core is not ready yet")
+        num_sequences = generation.sampling.n
+        self._admission.admit(_request(generation, handle=0))
+        with self._lock:
+            leader = self._next_handle
+            self._next_handle += num_sequences
+        sequences = [
+            OpenSequence(generation, sink, stops, self._text, leader=leader, index=index)
+            for index in range(num_sequences)
+        ]
+        first = sequences[0]
+        request = _request(generation, handle=leader, arrival_s=first.arrival_s, deadline_s=first.deadline_s)
+        with self._lock:
+            if self._lost is not None:
+                raise self._lost
+            if self._draining:
+                raise Draining("the server is shutting down and takes no new requests")
+            self._open.update((sequence.handle, sequence) for sequence in sequences)
+            if self._epoch is not None:
+                self._client.send(Submit(self._epoch, self._client.identity, request))
+        return leader
+
+    def cancel(self, generation_id: int) -> None:
+        """End what is still open of a generation; each of its sequences gets its final event, `cancelled`."""
+        with self._lock:
+            handles = []
+            handle = generation_id
+            first = next((s for s in self._open.values() if s.leader == generation_id), None)
+            if first is None:
+                return
+            for handle in range(generation_id, generation_id + first.generation.sampling.n):
+                sequence = self._open.get(handle)
+                if sequence is not None and sequence.ending is None:
+                    sequence.ending = "cancelled"
+                    handles.append(handle)
+            self._let_go(handles)
+
+    def close(self, drain_timeout_s: float) -> None:
+        """Refuse new requests, give the open ones so long to finish, cancel the rest, and end the response thread."""
+        with self._lock:
+            self._draining = True
+            self._idle.wait_for(lambda: not self._open, drain_timeout_s)
+            for sequence in self._open.values():
+                sequence.ending = sequence.ending or "cancelled"
+            self._let_go(list(self._open))
+            self._idle.wait_for(lambda: not self._open, 1.0)  # the core's word on them
+            self._stopping = True
+        self._client.wake()
+        self._thread.join()
+
+    # ---- response thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                connected = self._epoch is not None
+                self._handle(self._client.receive(60.0 if connected else _STATUS_INTERVAL_S))
+                if self._epoch is None:
+                    self._end_cancelled()
+                    self._look_for_supervisor()
+        except BaseException as error:
+            log.exception("the response thread failed")
+            self._give_up(EngineLost(f"the front failed: {type(error).__name__}"))
+            raise
+        finally:
+            if self._epoch is not None:
+                self._client.send(Leave(self._epoch, self._client.identity))
+            self._epoch = None
+            for sequence in list(self._open.values()):
+                sequence.ending = sequence.ending or "cancelled"
+                self._finish(sequence, "", "cancelled", None)
+            self._client.close()
+
+    def _handle(self, messages: Iterable[FromCore | Disconnected]) -> None:
+        touched: dict[OpenSequence, None] = {}
+        ended: list[tuple[OpenSequence, Finished]] = []
+        now_ns = time.time_ns()
+        for message in messages:
+            if isinstance(message, StepFrame):
+                if message.epoch == self._epoch:
+                    self._collect(message, touched, ended)
+                continue
+            self._deliver(touched, ended, now_ns)
+            touched, ended = {}, []
+            if isinstance(message, StatsFrame):
+                self._observer.core_stats(message.stats)
+            elif isinstance(message, Rejected):
+                self._reject(message)
+            elif isinstance(message, Hello):
+                self._welcome(message)
+            elif isinstance(message, Disconnected):
+                self._disconnect()
+        self._deliver(touched, ended, now_ns)
+
+    def _collect(
+        self,
+        frame: StepFrame,
+        touched: dict[OpenSequence, None],
+        ended: list[tuple[OpenSequence, Finished]],
+    ) -> None:
+        open_sequences = self._open
+        handles, ids = int64_of(frame.handles).tolist(), int32_of(frame.ids).tolist()
+        for handle, index in zip(handles, ids, strict=True):
+            sequence = open_sequences.get(handle)
+            if sequence is not None and sequence.ending is None:
+                sequence.fresh.append(index)
+                touched[sequence] = None
+        if frame.log_probs is not None:
+            for handle, log_prob in zip(handles, float32_of(frame.log_probs).tolist(), strict=True):
+                sequence = open_sequences.get(handle)
+                if sequence is not None and sequence.ending is None and sequence.generation.sampling.log_probs:
+                    sequence.fresh_log_probs.append(log_prob)
+        for finished in frame.finished:
+            sequence = open_sequences.get(finished.handle)
+            if sequence is not None:
+                ended.append((sequence, finished))
+
+    def _deliver(
+        self, touched: dict[OpenSequence, None], ended: list[tuple[OpenSequence, Finished]], now_ns: int
+    ) -> None:
+        finals = {sequence: finished for sequence, finished in ended}
+        stopped: list[int] = []
+        for sequence in touched:
+            text = self._take(sequence, now_ns)
+            if sequence.ending is not None:
+                stopped.append(sequence.handle)
+            finished = finals.pop(sequence, None)
+            if finished is not None:
+                self._finish(sequence, text, finished.reason, finished)
+                continue
+            event = sequence.event(text)
+            if event is not None:
+                try:
+                    sequence.sink(event)
+                except Exception:
+                    log.exception("the receiver of request %r failed; it is cancelled", sequence.generation.request_id)
+                    sequence.ending = "cancelled"
+                    stopped.append(sequence.handle)
+        for sequence, finished in finals.items():
+            self._finish(sequence, "", finished.reason, finished)
+        if stopped:
+            with self._lock:
+                self._let_go([handle for handle in stopped if handle in self._open])
+
+    def _take(self, sequence: OpenSequence, now_ns: int) -> str:
+        count = len(sequence.fresh)
+        sequence.replays = 0
+        if sequence.first_token_ns:
+            self._observer.inter_token((now_ns - sequence.last_token_ns) * 1e-9, count)
+        else:
+            sequence.first_token_ns = now_ns
+            self._observer.first_token((now_ns - sequence.arrival_ns) * 1e-9)
+        sequence.last_token_ns = now_ns
+        return sequence.take()
+
+    def _finish(
+        self,
+        sequence: OpenSequence,
+        text: str,
+        reason: str,
+        finished: Finished | None,
+        error: PageflightError | None = None,
+    ) -> None:
+        with self._lock:
+            if self._open.pop(sequence.handle, None) is None:
+                return
+            if not self._open:
+                self._idle.notify_all()
+        event = sequence.final_event(text, sequence.ending or reason, finished, error)
+        assert event.usage is not None and event.finish_reason is not None
+        scheduled_ns = event.usage.first_scheduled_ns or sequence.first_token_ns or time.time_ns()
+        self._observer.finished(
+            event.finish_reason,
+            (time.time_ns() - sequence.arrival_ns) * 1e-9,
+            (scheduled_ns - sequence.arrival_ns) * 1e-9,
+            event.usage.num_input_tokens,
+            event.usage.num_output_tokens,
+        )
+        try:
+            sequence.sink(event)
+        except Exception:
+            log.exception("the receiver of request %r failed at its end", sequence.generation.request_id)
+
+    def _let_go(self, handles: list[int]) -> None:
+        """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""
+        if self._epoch is None:
+            self._client.wake()
+        elif handles:
+            self._client.send(Cancel(self._epoch, self._client.identity, tuple(handles)))
+
+    def _reject(self, message: Rejected) -> None:
+        leader = self._open.get(message.handle)
+        if message.epoch != self._epoch or leader is None:
+            return
+        error = error_from_wire(message.error, message.message)
+        self._observer.refused(message.error)
+        count = 1 if leader.output_ids or leader.index else leader.generation.sampling.n
+        for handle in range(message.handle, message.handle + count):
+            if handle in self._open:
+                self._finish(self._open[handle], "", "error", None, error)
+
+    # ---- cores that come and go, response thread
+
+    def _welcome(self, hello: Hello) -> None:
+        if hello.epoch == self._epoch:
+            return
+        if hello.protocol != PROTOCOL:
+            return self._give_up(EngineLost(f"engine core speaks protocol {hello.protocol}, this front {PROTOCOL}"))
+        self._end_cancelled()
+        is_restart, recomputed = self._last_epoch is not None, 0
+        for sequence in list(self._open.values()):
+            reason = sequence.ended_by_itself()
+            if reason is not None:
+                self._finish(sequence, "", reason, None)
+                continue
+            sequence.replays += 1
+            if sequence.replays > MAX_REPLAYS:
+                lost = EngineLost(f"the engine core died {MAX_REPLAYS} times in a row on this request")
+                self._finish(sequence, "", "error", None, lost)
+            elif sequence.output_ids:
+                recomputed += len(sequence.generation.prompt_ids) + len(sequence.output_ids)
+        limits = hello.limits
+        with self._lock:
+            self._limits = limits
+            self._admission = AdmissionLimits(
+                max_model_len=limits.max_model_len,
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                vocab_size=limits.vocab_size,
+            )
+            self._epoch = self._last_epoch = hello.epoch
+            for sequence in self._open.values():
+                self._client.send(Submit(hello.epoch, self._client.identity, _replay(sequence)))
+        self._settled.set()
+        if is_restart:
+            log.warning("another engine core took over: %d sequences continue", len(self._open))
+            self._observer.restarted(recomputed)
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            self._epoch = None
+        self._disconnected_s = time.monotonic()
+
+    def _end_cancelled(self) -> None:
+        """Sequences whose end the front has decided do not need a core to confirm it when there is none."""
+        for sequence in list(self._open.values()):
+            if sequence.ending is not None:
+                self._finish(sequence, "", sequence.ending, None)
+
+    def _look_for_supervisor(self) -> None:
+        """While there is no core: is one coming, or is all lost?"""
+        status = read_status(self._address.status)
+        if status is None or not process_exists(status.supervisor_pid):
+            # A front may come up before its supervisor; and one that had a core waits a moment for a new supervisor.
+            if self._last_epoch is not None and time.monotonic() - self._disconnected_s > _NO_SUPERVISOR_LIMIT_S:
+                self._give_up(EngineLost("the engine core and its supervisor are gone"))
+        elif status.state in ("lost", "closed"):
+            self._give_up(status.failure or EngineLost("the engine core was closed"))
+
+    def _give_up(self, error: PageflightError) -> None:
+        with self._lock:
+            self._lost = error
+            self._epoch = None
+        for sequence in list(self._open.values()):
+            self._finish(sequence, "", "error", None, error)
+        self._settled.set()
+
+
+def _request(
+    generation: Generation, *, handle: int, arrival_s: float = 0.0, deadline_s: float | None = None
+) -> Request:
+    return Request(
+        handle=handle,
+        prompt_ids=generation.prompt_ids,
+        sampling=generation.sampling,
+        arrival_s=arrival_s,
+        deadline_s=deadline_s,
+        priority=generation.priority,
+        tenant=generation.tenant,
+        cache_salt=generation.cache_salt,
+    )
+
+
+def _replay(sequence: OpenSequence) -> Request:
+    """What a new core needs to carry on with one sequence, alone."""
+    request = _request(
+        sequence.generation, handle=sequence.handle, arrival_s=sequence.arrival_s, deadline_s=sequence.deadline_s
+    )
+    return replace(
+        request,
+        sampling=replace(request.sampling, n=1),
+        sequence_index=sequence.index,
+        output_ids=tuple(sequence.output_ids),
+    )

@@ -1,0 +1,241 @@
+"""One sequence as the front sees it: what it received, what of it may be shown, how it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pageflight.core.errors import Cancelled, DeadlineExceeded, EngineLost, PageflightError
+from pageflight.core.events import TokenEvent, Usage
+from pageflight.core.plan import Finished
+from pageflight.core.request import SamplingParams
+from pageflight.text.stop import StopMatcher, StopSequences, StopStrings
+
+if TYPE_CHECKING:
+    from pageflight.text.detokenizer import Detokenizer
+
+Sink = Callable[[TokenEvent], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One client request.
+
+    `sampling.n` sequences; `sampling.stop_token_ids` already filled in by the caller. `stop` strings are searched in the
+    text across token borders and never shown; `stop_ids` are token sequences that end a sequence (TensorRT-LLM's
+    `stop_words_list`), their text is not shown either. `stream` False: one event per sequence, with everything.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[tuple[int, ...], ...] = ()
+    stream: bool = False
+    priority: int = 0
+    timeout_ms: int | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+    skip_special_tokens: bool = True
+    request_id: str = ""
+
+
+class TextSource(Protocol):
+    """What the front needs of a tokenizer (`text.tokenizer.Tokenizer`)."""
+
+    def detokenizer(self, prompt_ids: tuple[int, ...], *, skip_special_tokens: bool) -> Detokenizer: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedStops:
+    """What ends the sequences of one generation, prepared once."""
+
+    strings: StopStrings | None
+    sequences: StopSequences | None
+    token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, generation: Generation) -> SharedStops:
+        """Raises InvalidArgument for an empty stop string or sequence."""
+        return cls(
+            StopStrings(generation.stop) if generation.stop else None,
+            StopSequences(generation.stop_ids) if generation.stop_ids else None,
+            frozenset(generation.sampling.stop_token_ids),
+        )
+
+
+class OpenSequence:
+    """State of one sequence between submit and its final event. Owned by the response thread, once submitted."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_held_ids",
+        "_matcher",
+        "_parts",
+        "_stops",
+        "arrival_ns",
+        "arrival_s",
+        "deadline_s",
+        "ending",
+        "first_token_ns",
+        "fresh",
+        "fresh_log_probs",
+        "generation",
+        "handle",
+        "index",
+        "last_token_ns",
+        "leader",
+        "output_ids",
+        "output_log_probs",
+        "replays",
+        "shown_ids",
+        "sink",
+    )
+
+    def __init__(
+        self, generation: Generation, sink: Sink, stops: SharedStops, text: TextSource, *, leader: int, index: int
+    ) -> None:
+        self.generation, self.sink, self.leader, self.index = generation, sink, leader, index
+        self.handle = leader + index
+        self.arrival_s, self.arrival_ns = time.monotonic(), time.time_ns()
+        timeout_ms = generation.timeout_ms
+        self.deadline_s = None if timeout_ms is None else self.arrival_s + timeout_ms / 1000
+        self.output_ids: list[int] = []
+        self.output_log_probs: list[float] = []
+        self.fresh: list[int] = []
+        """Ids received and not yet looked at."""
+        self.fresh_log_probs: list[float] = []
+        self.shown_ids = 0
+        """So many output ids have been delivered."""
+        self.first_token_ns = self.last_token_ns = 0
+        self.ending: str | None = None
+        """The reason, once the front has decided the end and only waits for the core to let go."""
+        self.replays = 0
+        """Cores that died on this sequence since its last token."""
+        self._stops = stops
+        self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=generation.skip_special_tokens)
+        self._matcher = StopMatcher(stops.strings) if stops.strings is not None else None
+        self._held_ids: tuple[int, ...] = ()
+        self._parts: list[str] = []
+
+    def take(self) -> str:
+        """Move the fresh ids to the output and return the text they complete. Sets `ending` when a stop is found;
+        ids after it are dropped."""
+        fresh, self.fresh = self.fresh, []
+        if self.fresh_log_probs:
+            self.output_log_probs += self.fresh_log_probs
+            self.fresh_log_probs = []
+        if self._matcher is None and self._stops.sequences is None:
+            self.output_ids += fresh
+            if fresh[-1] in self._stops.token_ids:
+                fresh.pop()  # counts as an output token, is not text
+                if not fresh:
+                    return ""
+            return self._detokenizer.feed(fresh)
+        return self._take_searching(fresh)
+
+    def _take_searching(self, fresh: list[int]) -> str:
+        stops, min_tokens = self._stops, self.generation.sampling.min_tokens
+        shown = ""
+        for index in fresh:
+            self.output_ids.append(index)
+            if index in stops.token_ids:
+                break
+            is_early = len(self.output_ids) < min_tokens
+            length = 0
+            visible: tuple[int, ...] = (index,)
+            if stops.sequences is not None and not is_early:
+                waiting = (*self._held_ids, index)
+                self._held_ids, length = stops.sequences.advance(self._held_ids, index)
+                visible = waiting[: len(waiting) - (length or len(self._held_ids))]
+            text = self._detokenizer.feed(visible) if visible else ""
+            shown += text if self._matcher is None or is_early else self._matcher.feed(text)
+            if length or (self._matcher is not None and self._matcher.matched is not None):
+                self.ending = "stop"
+                break
+        if self.output_log_probs:
+            del self.output_log_probs[len(self.output_ids) :]
+        return shown
+
+    def event(self, text: str) -> TokenEvent | None:
+        """The event for what has been taken; None when there is nothing to tell now."""
+        if not self.generation.stream:
+            if text:
+                self._parts.append(text)
+            return None
+        start, self.shown_ids = self.shown_ids, len(self.output_ids)
+        return TokenEvent(
+            sequence_index=self.index,
+            text=text,
+            ids=tuple(self.output_ids[start:]),
+            log_probs=tuple(self.output_log_probs[start:]) if self.output_log_probs else (),
+        )
+
+    def final_event(
+        self, text: str, reason: str, finished: Finished | None, error: PageflightError | None
+    ) -> TokenEvent:
+        """The one final event. `finished` is the core's word on the sequence, where there is one."""
+        if self.ending is None or self.ending == "stop":
+            text += self._rest()
+            if reason == "length" and self._matcher is not None and self._matcher.matched is not None:
+                reason = "stop"
+        start, self.shown_ids = self.shown_ids, len(self.output_ids)
+        return TokenEvent(
+            sequence_index=self.index,
+            text="".join(self._parts) + text,
+            ids=tuple(self.output_ids[start:]),
+            log_probs=tuple(self.output_log_probs[start:]),
+            final=True,
+            finish_reason=reason,
+            error=error if error is not None else error_for(reason, finished),
+            usage=self._usage(finished),
+        )
+
+    def ended_by_itself(self) -> str | None:
+        """The reason, when the tokens at hand already end the sequence: its core died between them and saying so."""
+        if self.output_ids and self.output_ids[-1] in self._stops.token_ids:
+            return "stop"
+        return "length" if len(self.output_ids) >= self.generation.sampling.max_tokens else None
+
+    def _rest(self) -> str:
+        """What waited for more: ids of a stop sequence or characters of a stop string begun, bytes of a character."""
+        matcher = self._matcher
+        if matcher is not None and matcher.matched is not None:
+            return ""
+        text = self._detokenizer.feed(self._held_ids) if self.ending is None and self._held_ids else ""
+        text += self._detokenizer.flush()
+        return text if matcher is None else matcher.feed(text) + matcher.flush()
+
+    def _usage(self, finished: Finished | None) -> Usage:
+        counts = {}
+        if finished is not None:
+            counts = {
+                "num_cached_tokens": finished.num_cached_tokens,
+                "num_reused_blocks": finished.num_reused_blocks,
+                "num_new_blocks": finished.num_new_blocks,
+                "first_scheduled_ns": self._epoch_ns(finished.first_scheduled_s),
+            }
+        return Usage(
+            num_input_tokens=len(self.generation.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            cum_log_prob=sum(self.output_log_probs),
+            arrival_ns=self.arrival_ns,
+            first_token_ns=self.first_token_ns,
+            last_token_ns=self.last_token_ns,
+            **counts,
+        )
+
+    def _epoch_ns(self, monotonic_s: float) -> int:
+        return self.arrival_ns + int((monotonic_s - self.arrival_s) * 1e9) if monotonic_s else 0
+
+
+def error_for(reason: str, finished: Finished | None) -> PageflightError | None:
+    """The typed error of a finish reason that is an error on the wire."""
+    if reason == "cancelled":
+        return Cancelled("the request was cancelled")
+    if reason == "deadline":
+        return DeadlineExceeded("the request's timeout_ms passed before it finished")
+    if reason == "error":
+        return EngineLost(finished.message if finished is not None else "the engine core was lost")
+    return None

@@ -1,0 +1,44 @@
+"""What a core tells its supervisor through a pipe: one JSON line each."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["progress", "ready", "beat", "failed"]
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`progress` while it starts (`message` says with what), `ready` once, `beat` while its loop turns, `failed` with
+    the error's class name and message before it exits by itself."""
+
+    kind: Kind
+    message: str = ""
+    error: str = ""
+
+
+class Reporter:
+    """The core's end of the pipe. Without a pipe (`fd` < 0) it is silent: a core started by hand has no supervisor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        if fd >= 0:
+            os.set_inheritable(fd, False)  # workers of the core must not keep the pipe open when it dies
+
+    def send(self, report: Report) -> None:
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+        except BrokenPipeError:
+            self._fd = -1  # the supervisor is gone; the core is about to be killed with it
+
+
+def parse_reports(buffer: bytearray) -> list[Report]:
+    """Take the whole lines out of `buffer`."""
+    end = buffer.rfind(b"\n") + 1
+    lines = bytes(buffer[:end]).splitlines()
+    del buffer[:end]
+    return [msgspec.json.decode(line, type=Report) for line in lines]

@@ -1,0 +1,74 @@
+"""The torch lowering: eager, on the CPU; what every other lowering is compared with."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pageflight.core.errors import ConfigError
+from pageflight.lowering.base import StepInputs
+from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
+from pageflight.lowering.torch_cache import BlockCache
+from pageflight.lowering.torch_ops import EagerOps
+from pageflight.models.config import DecoderConfig
+from pageflight.models.decoder import decoder
+
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+
+
+class TorchModel:
+    """Runs steps eagerly; `wait` computes, for torch has nothing to start on a CPU."""
+
+    def __init__(self, config: DecoderConfig, ops: EagerOps, kv_dtype: str, block_size: int) -> None:
+        self.block_size, self.vocab_size = block_size, config.vocab_size
+        self.kv_bytes_per_block = BlockCache.bytes_per_block(config, kv_dtype, block_size)
+        self._config, self._ops, self._kv_dtype = config, ops, kv_dtype
+        self._inputs: StepInputs | None = None
+
+    def allocate(self, num_blocks: int) -> None:
+        assert self._ops.cache is None, "blocks are allocated once"
+        try:
+            self._ops.cache = BlockCache(self._config, self._kv_dtype, num_blocks, self.block_size)
+        except RuntimeError as error:
+            raise ConfigError(f"{num_blocks} blocks of {self.kv_bytes_per_block} bytes: {error}") from None
+
+    def start(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+
+    @torch.inference_mode()
+    def wait(self) -> NDArray[np.float32]:
+        assert self._inputs is not None, "start comes first"
+        self._ops.prepare(self._inputs, self.block_size)
+        logits: NDArray[np.float32] = decoder(self._ops, self._config).float().numpy()
+        return logits
+
+    def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        assert self._ops.cache is not None, "allocate comes first"
+        self._ops.cache.copy(torch.from_numpy(sources.astype(np.int64)), torch.from_numpy(targets.astype(np.int64)))
+
+    def close(self) -> None:
+        self._ops.cache = None
+
+
+class TorchLowering:
+    """The reference. int8 weights are widened to float32 at each use, activations are float32 then."""
+
+    name = "torch"
+
+    def fingerprint(self, dtype: str) -> dict[str, str]:
+        return {"torch": torch.__version__, "machine": platform.machine()}
+
+    def load(self, engine_dir: Path, *, num_threads: int) -> TorchModel:
+        engine = open_engine(engine_dir, self.name)
+        manifest = engine.manifest
+        compare_fingerprints(engine_dir, manifest.fingerprint, self.fingerprint(manifest.dtype))
+        verification = Verification(engine)
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        ops = EagerOps(engine.config, engine.weights, manifest.max_model_len, _COMPUTE[manifest.dtype])
+        verification.finish()
+        return TorchModel(engine.config, ops, manifest.kv_dtype, manifest.block_size)

@@ -1,0 +1,72 @@
+"""From an engine directory to a runner with its memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError
+from pageflight.core.manifest import EngineManifest
+from pageflight.kv.capacity import Capacity, resolve_capacity
+from pageflight.lowering import registry
+from pageflight.runners.local import LocalRunner
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LoadedEngine:
+    """A runner, what it runs, how much cache it got and why."""
+
+    runner: LocalRunner
+    manifest: EngineManifest
+    capacity: Capacity
+    num_threads: int
+
+
+def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 1) -> LoadedEngine:
+    """Load the engine that `pageflight build` wrote and give it its K/V blocks.
+
+    The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
+    of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
+    where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
+    something else, ConfigError for settings that cannot work.
+    """
+    if config.num_threads < 0:
+        raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
+    if num_instances < 1:
+        raise ConfigError(f"num_instances={num_instances}: must be at least 1")
+    manifest = EngineManifest.read(engine_dir)
+    num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
+    model = registry.get(manifest.lowering).load(engine_dir, num_threads=num_threads)
+    try:
+        scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
+        capacity = resolve_capacity(
+            replace(config.kv, block_size=model.block_size),
+            scheduler,
+            bytes_per_block=model.kv_bytes_per_block,
+            num_instances=num_instances,
+        )
+        runner = LocalRunner(
+            model,
+            num_blocks=capacity.kv.num_blocks,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=capacity.max_sequence_len,
+        )
+    except BaseException:
+        model.close()
+        raise
+    return LoadedEngine(runner=runner, manifest=manifest, capacity=capacity, num_threads=num_threads)
+
+
+def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: its affinity mask, cut by its container's quota (cgroup v2, v1)."""
+    cores = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((cgroup / name).read_text(encoding="ascii") for name in names).split()
+        except OSError:  # the other version, or no control groups
+            continue
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
+            cores = min(cores, max(1, round(int(words[0]) / int(words[1]))))
+    return cores
