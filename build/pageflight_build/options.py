@@ -1,4 +1,4 @@
-"""What a build is asked for: frozen, checked once, with the defaults that depend on machine and model resolved later."""
+"""What a build is asked for: frozen, checked once; what depends on machine and model is resolved later."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NO_LIMIT = 2**31 - 1
+
+
+def _one_of(option: str, value: str, supported: tuple[str, ...]) -> None:
+    if value not in supported:
+        raise ConfigError(f"{option}={value!r}: supported are {', '.join(supported)}")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if not least <= value <= (_NO_LIMIT if option != "kv_memory" else 2**62):
+        raise ConfigError(f"{option}={value}: must be at least {least}")
+
+
+def check_name(option: str, name: str) -> None:
+    """Raises ConfigError when `name` cannot be a model's name (it becomes a folder and part of a URL)."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(f"{option}={name!r}: use 1 to 128 letters, digits, '.', '_' or '-', first a letter or digit")
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"{option}={name!r}: a model of the pipeline has that name; choose another")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +106,6 @@ class BuildOptions:
             raise ConfigError(f"name={self.name!r}: the engine model has that name already; choose another --name")
 
 
-def check_name(option: str, name: str) -> None:
-    """Raises ConfigError when `name` cannot be a model's name (it becomes a folder and part of a URL)."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise ConfigError(f"{option}={name!r}: use 1 to 128 letters, digits, '.', '_' or '-', first a letter or digit")
-    if name in RESERVED_NAMES:
-        raise ConfigError(f"{option}={name!r}: a model of the pipeline has that name; choose another")
-
-
 def parse_bytes(text: str) -> int:
     """Bytes of "4GiB", "512MiB", "3e9" or "0". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
@@ -104,13 +114,3 @@ def parse_bytes(text: str) -> int:
     unit = (match[2] or "").upper()
     power = " KMGT".index(unit[0]) if unit else 0
     return int(float(match[1]) * (1024 if unit.endswith("I") else 1000) ** power)
-
-
-def _one_of(option: str, value: str, supported: tuple[str, ...]) -> None:
-    if value not in supported:
-        raise ConfigError(f"{option}={value!r}: supported are {', '.join(supported)}")
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if not least <= value <= (_NO_LIMIT if option != "kv_memory" else 2**62):
-        raise ConfigError(f"{option}={value}: must be at least {least}")

@@ -23,7 +23,7 @@ from pageflight_build.engine import Source, make_manifest, read_source, record_f
 from pageflight_build.inputs import engine_inputs
 from pageflight_build.options import BuildOptions, EngineOptions
 from pageflight_build.progress import BuildProgress, Silent, StageReport
-from pageflight_build.record import ModelRecord, RepositoryRecord
+from pageflight_build.record import ModelRecord
 from pageflight_build.reference import reference_logits
 from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
 from pageflight_build.verify import REFERENCE_MAX_PARAMETERS, verification_ids, verify
@@ -179,6 +179,8 @@ def _stage(progress: BuildProgress, title: str) -> Iterator[StageReport]:
         try:
             yield report
         except MemoryError:
-            raise PageflightError(f"the build ran out of memory in stage {title!r}; free memory or use another machine") from None
+            raise PageflightError(
+                f"the build ran out of memory in stage {title!r}; free memory or use another machine"
+            ) from None
         except OSError as error:
             raise PageflightError(f"stage {title!r}: {error.strerror or error} ({error.filename})") from error

@@ -12,9 +12,7 @@ from pathlib import Path
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight_build import triton_config
-from pageflight_build.progress import StageReport
-from pageflight_build.record import RECORD_NAME, ModelRecord, RepositoryRecord, file_digest
-from pageflight_build.swap import link_or_copy
+from pageflight_build.record import ModelRecord, RepositoryRecord
 
 ARTIFACTS = Path("1") / "artifacts"
 

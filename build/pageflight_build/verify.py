@@ -7,6 +7,7 @@ reference (what goes wrong there: weight order, scales, rotary constants); skipp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def verify(
     whole = _run(model, ids, 0, list(range(1, per_sequence + 1)))
     others = list(range(2 * per_sequence, per_sequence, -1))  # downwards: a table that is ignored would show
     borders = sorted({0, len(ids) // 3, len(ids) - 1, len(ids)})
-    pieces = [_run(model, ids[a:b], a, others) for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [_run(model, ids[a:b], a, others) for a, b in itertools.pairwise(borders)]
     chunked = np.concatenate(pieces)
     if not np.isfinite(whole).all():
         count = int(np.count_nonzero(~np.isfinite(whole)))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pageflight.cli.build_flags import BuildFlags
 from pageflight.cli.console import console
 from pageflight.cli.flags import takes
-from pageflight_build.progress import Terminal
-from pageflight_build.recipe import BuildResult
 
-DEFAULT_ROOT = Path("repositories")
+if TYPE_CHECKING:
+    from pageflight_build.recipe import BuildResult
+
+
+def default_root() -> Path:
+    """Where repositories go that are not given a place: $PAGEFLIGHT_REPOSITORIES, else ./repositories."""
+    return Path(os.environ.get("PAGEFLIGHT_REPOSITORIES") or "repositories")
 
 
 @takes(BuildFlags, "flags")
@@ -35,7 +40,6 @@ def build(
     Examples:
 
         pageflight build ./Llama-3.2-1B-Instruct --name llama
-
         pageflight build ./my-model --dtype int8 --kv-memory 4GiB --repository ./repo
     """
     result = run_build(flags, checkpoint, repository)
@@ -44,11 +48,12 @@ def build(
 
 def run_build(flags: BuildFlags, checkpoint: str, repository: Path | None) -> BuildResult:
     """Build with progress on the terminal, and say what came of it."""
+    from pageflight_build.progress import Terminal
     from pageflight_build.recipe import build as build_repository
     from pageflight_build.source import default_name
 
     name = flags.name or default_name(checkpoint)
-    options = flags.options(checkpoint, repository or DEFAULT_ROOT / name)
+    options = flags.options(checkpoint, repository or default_root() / name)
     console.print(f"Building [bold]{options.name}[/] from {options.checkpoint}", highlight=False)
     result = build_repository(options, Terminal(console))
     manifest = result.manifest

@@ -20,6 +20,7 @@ from pageflight_build.options import (
 from pageflight_build.source import default_name, resolve_checkpoint
 
 _ENGINE, _SERVING = "Engine", "Serving (kept in config.pbtxt)"
+_ENGINE_DEFAULTS, _SERVING_DEFAULTS = EngineOptions(), ServingOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class BuildFlags:
     ] = None
     engine: Annotated[
         str, typer.Option(help=f"What the model is lowered to: {', '.join(ENGINES)}.", rich_help_panel=_ENGINE)
-    ] = EngineOptions.engine
+    ] = _ENGINE_DEFAULTS.engine
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -48,15 +49,17 @@ class BuildFlags:
             " sizes, else 0.",
             rich_help_panel=_ENGINE,
         ),
-    ] = EngineOptions.group_size
+    ] = _ENGINE_DEFAULTS.group_size
     kv_dtype: Annotated[
         str | None,
-        typer.Option(help=f"Precision of the K/V cache: {', '.join(KV_DTYPES)}. Default: that of the activations.",
-                     rich_help_panel=_ENGINE),
+        typer.Option(
+            help=f"Precision of the K/V cache: {', '.join(KV_DTYPES)}. Default: that of the activations.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None
     max_model_len: Annotated[
         int, typer.Option(help="Longest sequence in tokens; 0 is the model's own limit.", rich_help_panel=_ENGINE)
-    ] = EngineOptions.max_model_len
+    ] = _ENGINE_DEFAULTS.max_model_len
     kv_memory: Annotated[
         str,
         typer.Option(
@@ -66,41 +69,46 @@ class BuildFlags:
     ] = "0"
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences that run at once, per instance.", rich_help_panel=_SERVING)
-    ] = 256
+    ] = _SERVING_DEFAULTS.max_num_seqs
     max_num_tokens: Annotated[
         int, typer.Option(help="Tokens of one step: prompt chunks and decode together.", rich_help_panel=_SERVING)
-    ] = 512
+    ] = _SERVING_DEFAULTS.max_num_tokens
     max_queue_size: Annotated[
         int, typer.Option(help="Requests that may wait; more are refused with UNAVAILABLE.", rich_help_panel=_SERVING)
-    ] = 10_000
+    ] = _SERVING_DEFAULTS.max_queue_size
     instances: Annotated[
         int, typer.Option(help="Engine instances, each with its own core process and cache.", rich_help_panel=_SERVING)
-    ] = 1
+    ] = _SERVING_DEFAULTS.instances
     threads: Annotated[
         int, typer.Option(help="Compute threads per instance; 0 shares all cores.", rich_help_panel=_SERVING)
-    ] = 0
+    ] = _SERVING_DEFAULTS.threads
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
     default_max_tokens: Annotated[
         int, typer.Option(help="max_tokens of requests that name none.", rich_help_panel=_SERVING)
-    ] = 256
+    ] = _SERVING_DEFAULTS.default_max_tokens
     exclude_input_in_output: Annotated[
         bool,
-        typer.Option(help="Answers hold the completion only; otherwise they begin with the prompt.",
-                     rich_help_panel=_SERVING),
+        typer.Option(
+            help="Answers hold the completion only; otherwise they begin with the prompt.", rich_help_panel=_SERVING
+        ),
     ] = True
     engine_name: Annotated[
         str,
-        typer.Option(help="Name of the engine model; tensorrt_llm serves clients that call it by that name.",
-                     rich_help_panel=_SERVING),
-    ] = "engine"
+        typer.Option(
+            help="Name of the engine model; tensorrt_llm serves clients that call it by that name.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.engine_name
     default: Annotated[
         bool, typer.Option("--default", help="In a repository of several models: this one owns `ensemble`.")
     ] = False
     force: Annotated[
         bool,
-        typer.Option("--force", help="Build again, and replace files edited by hand or a repository of another program."),
+        typer.Option(
+            "--force", help="Build again, and replace files edited by hand or a repository of another program."
+        ),
     ] = False
 
     def options(self, checkpoint: str, repository: Path) -> BuildOptions:

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share: a dataclass whose fields are typer options, spliced into a signature."""
+"""Groups of options that several commands share: a dataclass of typer options, spliced into a signature."""
 
 from __future__ import annotations
 

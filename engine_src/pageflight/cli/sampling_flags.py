@@ -19,14 +19,16 @@ class SamplingFlags:
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens.")] = None
     top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set with this probability.")] = None
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens below this fraction of the most probable one.")
-    ] = None
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the most probable one.")] = (
+        None
+    )
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", "-p", metavar="NAME=VALUE", help="Any other input of the model, such as -p min_tokens=5."),
+        typer.Option(
+            "--param", "-p", metavar="NAME=VALUE", help="Any other input of the model, such as -p min_tokens=5."
+        ),
     ] = None
 
     def request(self, prompt: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class ServerProcess:
         return self._process.wait()
 
     def drain(self, timeout_s: float, tell: Callable[[str], None]) -> int:
-        """Let open requests finish for `timeout_s`, then end the server; its exit status. A Ctrl-C meanwhile ends it now."""
+        """Let open requests finish for `timeout_s`, then end the server; its exit status. Ctrl-C ends it now."""
         if self._process.poll() is None:
             tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
             self._process.send_signal(signal.SIGTERM)
@@ -130,9 +130,7 @@ class ServerProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.append(line.rstrip("\n"))
-            if self._verbose:
-                sys.stderr.write(line)
-            elif line[:1] in "EW" and _PREFIX.match(line):
+            if self._verbose or (line[:1] in "EW" and _PREFIX.match(line)):
                 sys.stderr.write(line)
 
     def _why_it_ended(self) -> str:

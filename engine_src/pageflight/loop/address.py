@@ -47,12 +47,15 @@ class CoreAddress:
         root = self.folder.parent
         _make_private(root)
         _remove_orphans(root)
-        self.remove()
+        shutil.rmtree(self.folder, ignore_errors=True)
         _make_private(self.folder)
         (self.folder / _OWNER).write_text(str(os.getpid()), encoding="ascii")
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the directory, unless another process has taken the place meanwhile (a model that was reloaded)."""
+        with contextlib.suppress(OSError):
+            if (self.folder / _OWNER).read_text(encoding="ascii") == str(os.getpid()):
+                shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def instance_address(repository: Path, engine_model: str, instance: int, *, server_pid: int) -> CoreAddress:

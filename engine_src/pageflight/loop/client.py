@@ -22,6 +22,7 @@ from pageflight.loop.frames import PROTOCOL, BadFrame, Connect, FromCore, FromFr
 log = logging.getLogger(__name__)
 
 _RECONNECT_MS = 20
+_MAX_RECONNECT_MS = 200
 _MAXlog = logging.getLogger(__name__)
 
 _RECONNECT_MS = 200
@@ -74,7 +75,7 @@ class CoreClient:
 
     def receive(self, timeout_s: float) -> list[FromCore | Disconnected]:
         """Everything that has arrived, waiting up to `timeout_s` for the first. One thread only."""
-        ready = dict(self._poller.poll(timeout_s * 1000))
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
         messages: list[FromCore | Disconnected] = []
         if self._events in ready:
             self._drain(messages)

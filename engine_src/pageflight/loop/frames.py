@@ -1,8 +1,8 @@
 """What travels between fronts and core: msgpack arrays, one frame per step and front.
 
 Front → core: `Connect` (on the events socket), `Submit`, `Cancel`, `Leave`. Core → front: `Hello`, `StepFrame`,
-`StatsFrame`, `Rejected`. Every command carries the core's `epoch` (from its `Hello`) and every frame is stamped with it:
-what was meant for, or said by, a core that has died is recognised and dropped.
+`StatsFrame`, `Rejected`. Every command carries the core's `epoch` (from its `Hello`) and every frame is stamped with
+it: what was meant for, or said by, a core that has died is recognised and dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROTOCOL = 1
 
 
 class Connect(msgspec.Struct, tag=1, array_like=True, frozen=True):
-    """A front introduces itself; answered by `Hello`. Repeating it is harmless."""
+    """A front introduces itself over a new connection; answered by `Hello`. Its sequences of an older one end."""
 
     protocol: int
     front: bytes  # identity of its events socket

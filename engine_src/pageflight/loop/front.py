@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol
 
 from pageflight.core.errors import Draining, EngineLost, PageflightError
 from pageflight.core.plan import Finished
 from pageflight.core.request import Request
-from pageflight.core.stats import CoreStats
 from pageflight.loop.address import CoreAddress, process_exists
 from pageflight.loop.client import CoreClient, Disconnected
 from pageflight.loop.frames import (
@@ -37,6 +35,7 @@ from pageflight.loop.frames import (
     int32_of,
     int64_of,
 )
+from pageflight.loop.observer import Observer
 from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource
 from pageflight.loop.status import read_status
 from pageflight.sched.admission import AdmissionLimits
@@ -51,28 +50,6 @@ _STATUS_INTERVAL_S = 0.1
 _NO_SUPERVISOR_LIMIT_S = 10.0
 
 
-class Observer(Protocol):
-    """Metrics. Called on the response thread (and `refused` on the submitting one) for every event: must be cheap."""
-
-    def first_token(self, seconds: float) -> None:
-        """Since arrival."""
-
-    def inter_token(self, seconds: float, count: int) -> None:
-        """`count` tokens came `seconds` after the ones before them."""
-
-    def finished(
-        self, reason: str, end_to_end_s: float, queue_s: float, num_input_tokens: int, num_output_tokens: int
-    ) -> None: ...
-
-    def refused(self, reason: str) -> None:
-        """Reason: the error's class name."""
-
-    def core_stats(self, stats: CoreStats) -> None: ...
-
-    def restarted(self, recomputed_tokens: int) -> None:
-        """Another core took over; so many tokens of open sequences had been computed by the one before."""
-
-
 class Front:
     """Connection of one Triton model instance to its engine core."""
 
@@ -82,6 +59,7 @@ class Front:
         self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
         self._idle = threading.Condition(self._lock)
         self._open: dict[int, OpenSequence] = {}
+        self._groups: dict[int, list[OpenSequence]] = {}  # what is open of each generation
         self._next_handle = 0
         self._epoch: int | None = None  # of the core that takes commands; None while there is none
         self._last_epoch: int | None = None
@@ -156,6 +134,7 @@ class Front:
             if self._draining:
                 raise Draining("the server is shutting down and takes no new requests")
             self._open.update((sequence.handle, sequence) for sequence in sequences)
+            self._groups[leader] = sequences
             if self._epoch is not None:
                 self._client.send(Submit(self._epoch, self._client.identity, request))
         return leader
@@ -164,15 +143,10 @@ class Front:
         """End what is still open of a generation; each of its sequences gets its final event, `cancelled`."""
         with self._lock:
             handles = []
-            handle = generation_id
-            first = next((s for s in self._open.values() if s.leader == generation_id), None)
-            if first is None:
-                return
-            for handle in range(generation_id, generation_id + first.generation.sampling.n):
-                sequence = self._open.get(handle)
-                if sequence is not None and sequence.ending is None:
+            for sequence in self._groups.get(generation_id, ()):
+                if sequence.ending is None:
                     sequence.ending = "cancelled"
-                    handles.append(handle)
+                    handles.append(sequence.handle)
             self._let_go(handles)
 
     def close(self, drain_timeout_s: float) -> None:
@@ -193,9 +167,9 @@ class Front:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                connected = self._epoch is not None
-                self._handle(self._client.receive(60.0 if connected else _STATUS_INTERVAL_S))
-                if self._epoch is None:
+                is_waiting = self._epoch is None and self._lost is None
+                self._handle(self._client.receive(_STATUS_INTERVAL_S if is_waiting else 60.0))
+                if self._epoch is None and self._lost is None:
                     self._end_cancelled()
                     self._look_for_supervisor()
         except BaseException as error:
@@ -258,7 +232,7 @@ class Front:
     def _deliver(
         self, touched: dict[OpenSequence, None], ended: list[tuple[OpenSequence, Finished]], now_ns: int
     ) -> None:
-        finals = {sequence: finished for sequence, finished in ended}
+        finals = dict(ended)
         stopped: list[int] = []
         for sequence in touched:
             text = self._take(sequence, now_ns)
@@ -304,6 +278,10 @@ class Front:
         with self._lock:
             if self._open.pop(sequence.handle, None) is None:
                 return
+            group = self._groups[sequence.leader]
+            group.remove(sequence)
+            if not group:
+                del self._groups[sequence.leader]
             if not self._open:
                 self._idle.notify_all()
         event = sequence.final_event(text, sequence.ending or reason, finished, error)
@@ -334,7 +312,7 @@ class Front:
             return
         error = error_from_wire(message.error, message.message)
         self._observer.refused(message.error)
-        count = 1 if leader.output_ids or leader.index else leader.generation.sampling.n
+        count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):
             if handle in self._open:
                 self._finish(self._open[handle], "", "error", None, error)
@@ -367,9 +345,12 @@ class Front:
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
                 vocab_size=limits.vocab_size,
+                max_sequences=limits.max_queue_size,
             )
             self._epoch = self._last_epoch = hello.epoch
+            self._lost = None
             for sequence in self._open.values():
+                sequence.alone = True
                 self._client.send(Submit(hello.epoch, self._client.identity, _replay(sequence)))
         self._settled.set()
         if is_restart:

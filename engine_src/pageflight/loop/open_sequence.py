@@ -23,8 +23,8 @@ Sink = Callable[[TokenEvent], None]
 class Generation:
     """One client request.
 
-    `sampling.n` sequences; `sampling.stop_token_ids` already filled in by the caller. `stop` strings are searched in the
-    text across token borders and never shown; `stop_ids` are token sequences that end a sequence (TensorRT-LLM's
+    `sampling.n` sequences; `sampling.stop_token_ids` already filled in by the caller. `stop` strings are searched in
+    the text across token borders and never shown; `stop_ids` are token sequences that end a sequence (TensorRT-LLM's
     `stop_words_list`), their text is not shown either. `stream` False: one event per sequence, with everything.
     """
 
@@ -74,6 +74,7 @@ class OpenSequence:
         "_matcher",
         "_parts",
         "_stops",
+        "alone",
         "arrival_ns",
         "arrival_s",
         "deadline_s",
@@ -111,6 +112,8 @@ class OpenSequence:
         self.first_token_ns = self.last_token_ns = 0
         self.ending: str | None = None
         """The reason, once the front has decided the end and only waits for the core to let go."""
+        self.alone = generation.sampling.n == 1
+        """Whether the core knows it as a request of its own."""
         self.replays = 0
         """Cores that died on this sequence since its last token."""
         self._stops = stops
@@ -219,7 +222,7 @@ class OpenSequence:
         return Usage(
             num_input_tokens=len(self.generation.prompt_ids),
             num_output_tokens=len(self.output_ids),
-            cum_log_prob=sum(self.output_log_probs),
+            cum_log_prob=sum(self.output_log_probs, 0.0),
             arrival_ns=self.arrival_ns,
             first_token_ns=self.first_token_ns,
             last_token_ns=self.last_token_ns,

@@ -5,12 +5,14 @@ Shapes: R rows, M tokens of the longest sequence, N blocks of the longest sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pageflight.core.plan import RowStart, StepPlan, StepResult
+from pageflight.core.request import SamplingParams
 from pageflight.lowering.base import StepInputs
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.inputs import BatchRows
@@ -151,10 +153,32 @@ class FakeRunner:
         found = self._positions[blocks].reshape(-1)[:known]
         wrong = np.flatnonzero(found != np.arange(known))
         assert not len(wrong), f"row {row}: position {wrong[0]} holds {found[wrong[0]]}"
-        context = blake2b(self._entries[blocks].reshape(-1)[:known].tobytes(), digest_size=8)
-        if start.sampling.temperature > 0:
-            context.update(repr((start.sampling.seed, start.sequence_index, known)).encode())
-        return int.from_bytes(context.digest(), "little") % self.limits.vocab_size
+        context = self._entries[blocks].reshape(-1)[:known]
+        return _next_token(context, start.sampling, start.sequence_index, self.limits.vocab_size)
+
+
+def fake_continuation(
+    prompt_ids: Sequence[int], sampling: SamplingParams, *, sequence_index: int = 0, vocab_size: int
+) -> list[int]:
+    """What FakeRunner answers to a prompt up to `max_tokens` or a stop id, computed without rows, blocks or steps."""
+    entries: list[int] = []
+    output_ids: list[int] = []
+    for position in range(len(prompt_ids) + sampling.max_tokens):
+        if position >= len(prompt_ids):
+            context = np.array(entries, np.uint64)
+            output_ids.append(_next_token(context, sampling, sequence_index, vocab_size))
+            if len(output_ids) > sampling.min_tokens and output_ids[-1] in sampling.stop_token_ids:
+                break
+        token = output_ids[-1] if output_ids else prompt_ids[position]
+        entries.append(_hash64(entries[-1] if entries else 0, token, position))
+    return output_ids
+
+
+def _next_token(context: NDArray[np.uint64], sampling: SamplingParams, sequence_index: int, vocab_size: int) -> int:
+    digest = blake2b(context.tobytes(), digest_size=8)
+    if sampling.temperature > 0:
+        digest.update(repr((sampling.seed, sequence_index, len(context))).encode())
+    return int.from_bytes(digest.digest(), "little") % vocab_size
 
 
 def fake_log_prob(token: int) -> float:

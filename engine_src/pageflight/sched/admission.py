@@ -20,6 +20,8 @@ class AdmissionLimits:
     num_blocks: int
     block_size: int
     vocab_size: int
+    max_sequences: int
+    """Of one request; what could wait in the queue at once."""
 
     @property
     def max_sequence_len(self) -> int:
@@ -35,8 +37,8 @@ class AdmissionLimits:
             raise InvalidArgument("max_tokens", sampling.max_tokens, "must be at least 1")
         if not 0 <= sampling.min_tokens <= sampling.max_tokens:
             raise InvalidArgument("min_tokens", sampling.min_tokens, f"must be 0 to max_tokens={sampling.max_tokens}")
-        if sampling.n < 1:
-            raise InvalidArgument("n", sampling.n, "must be at least 1")
+        if not 1 <= sampling.n <= self.max_sequences:
+            raise InvalidArgument("n", sampling.n, f"must be 1 to max_queue_size={self.max_sequences}")
         if sampling.n > 1 and request.output_ids:
             raise InvalidArgument("n", sampling.n, "a sequence with output already is taken over alone, with n=1")
         if not -(1 << 31) <= request.priority < 1 << 31:
@@ -83,4 +85,6 @@ class AdmissionLimits:
         outside = (wide < 0) | (wide >= self.vocab_size)
         if outside.any():
             raise InvalidArgument("prompt", int(wide[outside][0]), f"token ids must be 0 to {self.vocab_size - 1}")
-        return wide.astype(np.int32)
+        tokens = wide.astype(np.int32)
+        tokens.flags.writeable = False  # plans and forked sequences share it
+        return tokens

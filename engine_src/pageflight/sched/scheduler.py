@@ -51,6 +51,7 @@ class Scheduler:
             num_blocks=kv.num_blocks,
             block_size=kv.block_size,
             vocab_size=vocab_size,
+            max_sequences=config.max_queue_size,
         )
         self.space = KVSpace(kv)
         self.rows = Rows(config.max_num_seqs, self.limits.max_sequence_len, kv.block_size)

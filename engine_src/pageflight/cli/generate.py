@@ -1,0 +1,70 @@
+"""`pageflight generate`: one completion, streamed to the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pageflight.cli.client import Answer, Server
+from pageflight.cli.flags import takes
+from pageflight.cli.sampling_flags import SamplingFlags
+
+DEFAULT_URL = "http://localhost:8000"
+
+
+@takes(SamplingFlags, "flags")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    flags: SamplingFlags,
+    url: Annotated[
+        str, typer.Option(help="Server to ask: http://HOST:PORT, or grpc://HOST:PORT.", envvar="PAGEFLIGHT_URL")
+    ] = DEFAULT_URL,
+    model: Annotated[str, typer.Option(help="Model to ask.")] = "ensemble",
+    local: Annotated[
+        Path | None, typer.Option(help="Run the engine of this repository right here, without a server.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every response as one line of JSON.")] = False,
+) -> None:
+    """Complete a prompt with a running server, or with a repository directly.
+
+    Examples:
+
+        pageflight generate "def fibonacci(n):" --max-tokens 60
+        pageflight generate - --url grpc://gpu1:8001 --temperature 0.8 --seed 7 < prompt.txt
+        pageflight generate "Once upon a time" --local repositories/demo -p return_finish_reason=true --json
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = flags.request(text)
+    with answering(url, local) as ask:
+        print_answers(ask.stream(model, request), as_json=as_json)
+
+
+@contextmanager
+def answering(url: str, local: Path | None) -> Iterator[Server]:
+    """Who answers: the server at `url`, or an engine started here for as long as the block lasts."""
+    if local is None:
+        yield Server(url=url)
+        return
+    from pageflight.cli.local import local_engine
+
+    with local_engine(local) as engine:
+        yield engine
+
+
+def print_answers(answers: Iterable[Answer], *, as_json: bool = False) -> str:
+    """Print the new text of each response as it comes; returns all of it."""
+    parts: list[str] = []
+    for answer in answers:
+        text = answer.get("text_output", "")
+        parts.append(text if isinstance(text, str) else "".join(text))
+        sys.stdout.write(json.dumps(answer) + "\n" if as_json else parts[-1])
+        sys.stdout.flush()
+    if not as_json:
+        sys.stdout.write("\n")
+    return "".join(parts)

@@ -1,0 +1,116 @@
+"""`pageflight serve`: tritonserver on a repository, in the foreground."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from pageflight.cli import tritonserver
+from pageflight.cli.console import console, output
+from pageflight.cli.errors import CommandError
+from pageflight.cli.flags import takes
+from pageflight.cli.server_flags import ServerFlags
+from pageflight.cli.server_process import ServerProcess
+
+
+@takes(ServerFlags, "flags")
+def serve(
+    repository: Annotated[Path, typer.Argument(help="Model repository made by `pageflight build`.")],
+    flags: ServerFlags,
+    print_command: Annotated[
+        bool, typer.Option("--print-command", help="Print the command with its environment, and start nothing.")
+    ] = False,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="After --: further arguments of tritonserver, as they are.")
+    ] = None,
+) -> None:
+    """Serve a model repository with NVIDIA's tritonserver until Ctrl-C, then let open requests finish.
+
+    The server is the one of $TRITONSERVER, else the one on PATH, else NVIDIA's from the nvidia-pytriton wheel.
+
+    Examples:
+
+        pageflight serve repositories/demo --http-port 9000
+        pageflight serve repositories/demo --print-command
+        pageflight serve repositories/demo -- --log-verbose=1
+    """
+    command = server_command(repository, flags, arguments or ())
+    if print_command:
+        output.print(shown(command))
+        return
+    with running_server(command, flags) as server:
+        console.print(f"Serving {repository} on {urls(flags)}. Ctrl-C ends it.", highlight=False)
+        status = server.wait()
+    raise CommandError(f"tritonserver ended by itself with status {status}")
+
+
+@contextmanager
+def running_server(command: tritonserver.ServerCommand, flags: ServerFlags) -> Iterator[ServerProcess]:
+    """A server that is ready; drained when the block ends, by Ctrl-C or SIGTERM as well.
+
+    Raises ServerStartError with the reasons when it does not become ready.
+    """
+    flags.ports.check_free()
+    with terminated_like_interrupted():
+        server = ServerProcess(command.arguments, command.environment, flags.ports, verbose=flags.verbose)
+        try:
+            with console.status("Starting tritonserver …") as status:
+                server.wait_ready(lambda text: status.update(f"Starting tritonserver: {text}"))
+            yield server
+        except KeyboardInterrupt:
+            server.drain(flags.exit_timeout_secs, lambda text: console.print(text, highlight=False))
+            raise typer.Exit(0) from None
+        finally:
+            server.kill()
+
+
+def server_command(repository: Path, flags: ServerFlags, further: Sequence[str]) -> tritonserver.ServerCommand:
+    """The command line that serves `repository`. Raises CommandError when there is no repository."""
+    if not any(repository.glob("*/config.pbtxt")):
+        raise CommandError(
+            f"{repository} is no model repository; build one: pageflight build CHECKPOINT --repository {repository}"
+        )
+    return tritonserver.server_command(
+        repository,
+        http_port=flags.http_port,
+        grpc_port=flags.grpc_port,
+        metrics_port=flags.metrics_port,
+        host=flags.host,
+        exit_timeout_s=flags.exit_timeout_secs,
+        further=further,
+    )
+
+
+def shown(command: tritonserver.ServerCommand) -> str:
+    """A line for a shell, with the environment it needs."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(command.added_environment.items())]
+    return " ".join([*settings, shlex.join(command.arguments)])
+
+
+def urls(flags: ServerFlags) -> str:
+    host = flags.ports.local_host
+    return (
+        f"http://{host}:{flags.http_port}, grpc://{host}:{flags.grpc_port},"
+        f" metrics http://{host}:{flags.metrics_port}/metrics"
+    )
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that one way out serves both."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,211 @@
+"""The engine core as a process: `python -m pageflight.loop.core_process --folder DIR --spec JSON …`.
+
+It loads the engine, meets its fronts at the address, steps until it is told to drain, and dies with the process that
+started it. What its starter must know goes through the report pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError
+from pageflight.core.plan import StepPlan, StepResult
+from pageflight.core.stats import CoreStats
+from pageflight.loop.address import CoreAddress
+from pageflight.loop.engine_loop import Drain, EngineLoop
+from pageflight.loop.frames import CoreLimits, error_to_wire
+from pageflight.loop.mailbox import ZmqMailbox
+from pageflight.loop.reports import Report, Reporter
+from pageflight.runners.base import Runner, RunnerLimits
+from pageflight.sched.scheduler import Scheduler
+
+log = logging.getLogger("pageflight.core")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class FakeEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine without a model: `checking` notices every mistake of the scheduler, `instant` costs nothing.
+
+    `step_s` is slept in every step, so that a test has a middle of a stream to act in.
+    """
+
+    kind: Literal["checking", "instant"] = "checking"
+    vocab_size: int = 400
+    first_id: int = 0
+    step_s: float = 0.0
+
+
+class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a core runs: an engine directory, or a fake."""
+
+    config: EngineConfig
+    engine_dir: str = ""
+    num_instances: int = 1
+    """Cores that share this machine's memory and compute cores."""
+    fake: FakeEngine | None = None
+
+
+def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: int) -> list[str]:
+    """The command line of a core whose end of the report pipe is `report_fd`."""
+    return [
+        python,
+        "-m",
+        "pageflight.loop.core_process",
+        f"--folder={address.folder}",
+        f"--spec={msgspec.json.encode(spec).decode()}",
+        f"--report-fd={report_fd}",
+        f"--parent-pid={os.getpid()}",
+    ]
+
+
+def main() -> int:
+    arguments = _arguments()
+    _die_with(arguments.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    reporter = Reporter(arguments.report_fd)
+    try:
+        spec = msgspec.json.decode(arguments.spec, type=CoreSpec)
+        reporter.send(Report("progress", "loading the engine"))
+        runner, config = _load(spec)
+        reporter.send(Report("progress", "opening the line to the fronts"))
+        _serve(runner, config, CoreAddress(Path(arguments.folder)), reporter)
+    except Exception as error:
+        log.exception("the engine core ends")
+        name, message = error_to_wire(error)
+        reporter.send(Report("failed", message, name))
+        return 1
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pageflight.loop.core_process", description=__doc__)
+    parser.add_argument("--folder", required=True, help="directory of the sockets (see loop/address.py)")
+    parser.add_argument("--spec", required=True, help="CoreSpec as JSON: engine directory and configuration")
+    parser.add_argument("--report-fd", type=int, default=-1, help="pipe to the supervisor")
+    parser.add_argument("--parent-pid", type=int, default=0, help="process to die with; 0: nobody")
+    return parser.parse_args()
+
+
+def _die_with(parent_pid: int) -> None:
+    """Ask the kernel to kill this process when its parent dies, however that happens."""
+    if not parent_pid:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:  # it died before we asked
+        sys.exit(1)
+
+
+def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
+    """The runner, and the configuration with its limits and its cache's size resolved."""
+    config = spec.config
+    runner: Runner
+    if spec.fake is not None:
+        runner = _fake_runner(spec.fake, config)
+    elif spec.engine_dir:
+        # The runner brings the model's libraries with it; a fake core does without them.
+        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+        from pageflight.runners.factory import load_engine
+
+        runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances).runner
+    else:
+        raise ConfigError("neither an engine directory nor a fake engine was named")
+    limits = runner.limits
+    return runner, replace(
+        config,
+        kv=replace(config.kv, num_blocks=limits.num_blocks, block_size=limits.block_size),
+        scheduler=replace(config.scheduler, max_model_len=limits.max_model_len, max_num_seqs=limits.max_num_seqs),
+    )
+
+
+def _serve(runner: Runner, config: EngineConfig, address: CoreAddress, reporter: Reporter) -> None:
+    limits = runner.limits
+    scheduler = Scheduler(config.scheduler, config.kv, vocab_size=limits.vocab_size)
+    mailbox = ZmqMailbox(
+        address,
+        CoreLimits(
+            max_model_len=limits.max_model_len,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            vocab_size=limits.vocab_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_queue_size=config.scheduler.max_queue_size,
+        ),
+        beat=lambda: reporter.send(Report("beat")),
+    )
+
+    def report(stats: CoreStats) -> None:
+        mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes()))
+
+    loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, report=report)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: mailbox.stop(Drain()))
+    # What start-up made lives as long as the process: keep the collector from walking through it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    reporter.send(Report("ready"))
+    linger_s = 0.1  # after a failure the next core must not wait for fronts that are behind: they ask again anyway
+    try:
+        loop.run()
+        linger_s = 2.0
+    finally:
+        mailbox.close(linger_s)
+        runner.close()
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _fake_runner(fake: FakeEngine, config: EngineConfig) -> Runner:
+    from pageflight.runners.fake import FakeRunner, InstantRunner
+
+    limits = RunnerLimits(
+        num_blocks=config.kv.num_blocks or 1024,
+        block_size=config.kv.block_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_model_len=config.scheduler.max_model_len,
+        vocab_size=fake.vocab_size,
+    )
+    runner = FakeRunner(limits) if fake.kind == "checking" else InstantRunner(limits, first_id=fake.first_id)
+    return _SlowRunner(runner, fake.step_s) if fake.step_s else runner
+
+
+class _SlowRunner:
+    """A runner whose steps take at least `step_s` seconds."""
+
+    def __init__(self, runner: Runner, step_s: float) -> None:
+        self.limits = runner.limits
+        self._runner, self._step_s = runner, step_s
+
+    def submit(self, plan: StepPlan) -> None:
+        self._runner.submit(plan)
+
+    def collect(self) -> StepResult:
+        time.sleep(self._step_s)
+        return self._runner.collect()
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""A core of its own process with a fake engine, and what tests need to look at its fronts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,172 @@
+"""A scheduler on a FakeRunner that checks everything after every step and keeps what each sequence got."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pageflight.core.config import KVConfig, SchedulerConfig
+from pageflight.core.plan import Finished, StepEvents, StepPlan
+from pageflight.core.request import Request, SamplingParams
+from pageflight.loop.clock import ManualClock
+from pageflight.runners.base import RunnerLimits
+from pageflight.runners.fake import FakeRunner, fake_continuation
+from pageflight.sched.scheduler import Scheduler
+
+VOCAB_SIZE = 13
+
+
+class Harness:
+    """`ahead` makes each plan before the one under way is settled, as an overlapping loop would."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 32,
+        max_num_tokens: int = 16,
+        max_num_seqs: int = 4,
+        max_model_len: int = 64,
+        max_queue_size: int = 100,
+        prefix_cache: bool = True,
+        ahead: bool = False,
+    ) -> None:
+        self.config = SchedulerConfig(
+            max_num_tokens=max_num_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_queue_size=max_queue_size,
+        )
+        self.kv = KVConfig(block_size=block_size, num_blocks=num_blocks, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(self.config, self.kv, vocab_size=VOCAB_SIZE)
+        self.runner = FakeRunner(
+            RunnerLimits(
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=self.scheduler.limits.max_sequence_len,
+                vocab_size=VOCAB_SIZE,
+            )
+        )
+        self.clock = ManualClock()
+        self.ahead = ahead
+        self.requests: dict[int, Request] = {}  # by sequence handle
+        self.output_ids: dict[int, list[int]] = {}
+        self.log_probs: dict[int, list[float]] = {}
+        self.finished: dict[int, Finished] = {}
+        self.plans: list[StepPlan] = []
+        self._under_way: StepPlan | None = None
+        self._next_handle = 0
+
+    def submit(
+        self,
+        prompt_ids: list[int] | tuple[int, ...],
+        *,
+        deadline_s: float | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+        sequence_index: int = 0,
+        output_ids: tuple[int, ...] = (),
+        **sampling: object,
+    ) -> int:
+        """Submit with the given sampling fields; returns the first handle."""
+        request = Request(
+            handle=self._next_handle,
+            prompt_ids=tuple(prompt_ids),
+            sampling=replace(SamplingParams(), **sampling),  # type: ignore[arg-type]
+            arrival_s=self.clock(),
+            deadline_s=deadline_s,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            sequence_index=sequence_index,
+            output_ids=output_ids,
+        )
+        self.scheduler.submit(request, self.clock())
+        for handle in range(request.handle, request.handle + request.sampling.n):
+            self.requests[handle] = request
+            self.output_ids[handle] = []
+            self.log_probs[handle] = []
+        self._next_handle += request.sampling.n
+        self.scheduler.check()
+        return request.handle
+
+    def cancel(self, handle: int) -> bool:
+        did_end = self.scheduler.cancel(handle)
+        self.scheduler.check()
+        return did_end
+
+    def step(self) -> StepPlan | None:
+        """One turn of the loop; returns its plan."""
+        plan = self.scheduler.plan(self.clock())
+        self.scheduler.check()
+        was_under_way = self._under_way is not None
+        if plan is not None:
+            self.plans.append(plan)
+            assert plan.num_tokens <= self.config.max_num_tokens
+        if self.ahead:
+            before, self._under_way = self._under_way, plan
+            result = self.runner.collect() if before is not None else None
+            if plan is not None:
+                self.runner.submit(plan)
+            if before is not None and result is not None:
+                self._take(self.scheduler.settle(before, result, self.clock()))
+        elif plan is not None:
+            self.runner.submit(plan)
+            self._take(self.scheduler.settle(plan, self.runner.collect(), self.clock()))
+        for ending in self.scheduler.take_endings():
+            self._end(ending)
+        self.scheduler.check()
+        if plan is None and not was_under_way:
+            assert not self.scheduler.has_work, "nothing runs although sequences are open"
+        return plan
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until nothing is open; then everything has been given back."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work and self._under_way is None:
+                break
+            self.step()
+        else:
+            raise AssertionError(f"sequences are still open after {max_steps} steps")
+        for ending in self.scheduler.take_endings():
+            self._end(ending)
+        assert self.scheduler.space.pool.num_free == self.kv.num_blocks
+        assert set(self.finished) == set(self.requests), "a sequence got no final event"
+
+    def _take(self, events: StepEvents) -> None:
+        for index, handle in enumerate(events.handles.tolist()):
+            assert handle not in self.finished, f"sequence {handle} got a token after its final event"
+            self.output_ids[handle].append(int(events.ids[index]))
+            if events.log_probs is not None:
+                self.log_probs[handle].append(float(events.log_probs[index]))
+        for ending in events.finished:
+            self._end(ending)
+
+    def _end(self, ending: Finished) -> None:
+        assert ending.handle not in self.finished, f"sequence {ending.handle} got two final events"
+        self.finished[ending.handle] = ending
+        request = self.requests[ending.handle]
+        assert ending.num_prompt_tokens == len(request.prompt_ids)
+        got = len(request.output_ids) + len(self.output_ids[ending.handle])
+        assert ending.num_output_tokens == got, f"usage says {ending.num_output_tokens} tokens, {got} were delivered"
+
+    def expected(self, handle: int) -> list[int]:
+        """What the sequence must produce when nothing cuts it short, whatever ran beside it."""
+        request = self.requests[handle]
+        index = request.sequence_index + handle - request.handle
+        ids = fake_continuation(request.prompt_ids, request.sampling, sequence_index=index, vocab_size=VOCAB_SIZE)
+        return ids[len(request.output_ids) :]
+
+    def verify(self) -> None:
+        """Every ended sequence has the tokens it would have had alone, and the reason fits."""
+        for handle, ending in self.finished.items():
+            got, expected = self.output_ids[handle], self.expected(handle)
+            sampling = self.requests[handle].sampling
+            if ending.reason in ("cancelled", "deadline", "error"):
+                assert got == expected[: len(got)], f"sequence {handle}: {got} does not begin {expected}"
+                continue
+            assert got == expected, f"sequence {handle}: {got} instead of {expected}"
+            all_ids = [*self.requests[handle].output_ids, *got]
+            is_stop = all_ids[-1] in sampling.stop_token_ids and len(all_ids) > sampling.min_tokens
+            assert ending.reason == ("stop" if is_stop else "length")
