@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 import typer
-from openvino import opset13 as opset  # type: ignore[import-untyped]
+from openvino import opset13 as opset
 
 from perf import figures
 from perf.workload import DEFAULT_PLAN, Workload

@@ -60,12 +60,16 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        with Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        ) as progress:
             yield _Bar(progress, title)
 
     def done(self, title: str, summary: str) -> None:
         seconds = time.monotonic() - self._started
-        self._console.print(f"  [green]✓[/] {title:<10} {summary} [dim]({seconds:.1f} s)[/]", highlight=False)
+        self._console.print(
+            f"  [green]✓[/] {title:<10} {summary} [dim]({seconds:.1f} s)[/]", highlight=False, soft_wrap=True
+        )
 
 
 class _Bar:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pageflight.core.errors import PageflightError
+from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering import registry
 from pageflight.quant.convert import convert
@@ -74,6 +74,7 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             return BuildResult(
                 repository=target, name=wanted.name, engine_dir=kept, manifest=manifest, reused=True, seconds=seconds
             )
+        assembly = repository.Assembly(target, record, wanted, force=options.force)
         with staging_folder(target) as staged:
             artifacts = staged / "artifacts"
             if kept is not None:
@@ -81,10 +82,9 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             else:
                 _run(_Engine(options, artifacts).stages(), progress)
             root = staged / "repository"
-            assemble = repository.Assembly(target, root, record, wanted, artifacts, force=options.force)
-            _run((Stage(title="assemble", run=assemble.run),), progress)
+            _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
             put_in_place(root, target)
-    engine_dir = repository.engine_dir(target, assemble.models, wanted.name)
+    engine_dir = repository.engine_dir(target, assembly.models, wanted.name)
     return BuildResult(
         repository=target,
         name=wanted.name,
@@ -179,8 +179,8 @@ def _stage(progress: BuildProgress, title: str) -> Iterator[StageReport]:
         try:
             yield report
         except MemoryError:
-            raise PageflightError(
+            raise ConfigError(
                 f"the build ran out of memory in stage {title!r}; free memory or use another machine"
             ) from None
         except OSError as error:
-            raise PageflightError(f"stage {title!r}: {error.strerror or error} ({error.filename})") from error
+            raise ConfigError(f"stage {title!r}: {error.strerror or error} ({error.filename})") from error

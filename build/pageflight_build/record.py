@@ -42,11 +42,12 @@ class RepositoryRecord:
 
     def with_model(self, model: ModelRecord) -> tuple[ModelRecord, ...]:
         """The models after adding or replacing `model`, with exactly one default among them."""
-        names = [existing.name for existing in self.models]
         merged = [model if existing.name == model.name else existing for existing in self.models]
-        if model.name not in names:
+        if self.model(model.name) is None:
             merged.append(model)
-        owner = model.name if model.default or len(merged) == 1 else next(m.name for m in merged if m.default)
+        owner = model.name
+        if not model.default:
+            owner = next((existing.name for existing in self.models if existing.default), model.name)
         return tuple(replace(item, default=item.name == owner) for item in merged)
 
     def write(self, root: Path) -> None:

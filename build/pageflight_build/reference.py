@@ -92,7 +92,8 @@ class _NumpyOps:
         weights_HTT /= weights_HTT.sum(axis=-1, keepdims=True)
         return np.einsum("hqk,khd->qhd", weights_HTT, v_THD).reshape(length, -1)
 
-    def silu_mul(self, gate: Array, up: Array) -> Array:
+    def gated_linear(self, x: Array, weight: str, bias: str | None = None) -> Array:
+        gate, up = np.split(self.linear(x, weight, bias), 2, axis=-1)
         gated: Array = gate / (1 + np.exp(-np.clip(gate, -80, None))) * up
         return gated
 

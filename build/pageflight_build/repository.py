@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
-from pageflight_build import triton_config
-from pageflight_build.record import ModelRecord, RepositoryRecord
+from pageflight_build.record import ModelRecord, RepositoryRecord, file_digest
+from pageflight_build.swap import link_or_copy
+from pageflight_build.triton_config import Deployment, engine_model_name, model_names, write_repository
 
 ARTIFACTS = Path("1") / "artifacts"
 
@@ -66,7 +67,7 @@ def open_target(target: Path, *, force: bool) -> RepositoryRecord:
 
 def engine_dir(root: Path, models: Sequence[ModelRecord], name: str) -> Path:
     """The engine directory of model `name` in a repository of `models`."""
-    return root / triton_config.engine_model_name(deployment_of(models, name)) / ARTIFACTS
+    return root / engine_model_name(deployments(models)[name]) / ARTIFACTS
 
 
 def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord) -> Path | None:
@@ -92,3 +93,68 @@ def unchanged(record: RepositoryRecord, wanted: ModelRecord) -> bool:
         and (known.engine_inputs, known.serving) == (wanted.engine_inputs, wanted.serving)
         and (known.default or not wanted.default)
     )
+
+
+def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
+    """How each checkpoint of a repository appears in Triton. Raises ConfigError when two models would share a name."""
+    made = {
+        model.name: Deployment(
+            name=model.name,
+            engine_name=model.serving.engine_name,
+            prefixed=len(models) > 1,
+            is_default=model.default,
+            engine_dir=PurePosixPath(ARTIFACTS),
+            instances=model.serving.instances,
+            kv_memory=model.serving.kv_memory,
+            max_num_seqs=model.serving.max_num_seqs,
+            max_num_tokens=model.serving.max_num_tokens,
+            max_queue_size=model.serving.max_queue_size,
+            num_threads=model.serving.threads,
+            prefix_cache=model.serving.prefix_cache,
+            exclude_input_in_output=model.serving.exclude_input_in_output,
+            default_max_tokens=model.serving.default_max_tokens,
+        )
+        for model in models
+    }
+    owners: dict[str, str] = {}
+    for name, deployment in made.items():
+        for triton_name in model_names(deployment).values():
+            if triton_name in owners:
+                raise ConfigError(
+                    f"name={name!r}: its model {triton_name!r} has the same name as one of {owners[triton_name]!r};"
+                    " choose another --name"
+                )
+            owners[triton_name] = name
+    return made
+
+
+class Assembly:
+    """The next state of the repository at `target`, written to the new folder `root`."""
+
+    def __init__(self, target: Path, record: RepositoryRecord, wanted: ModelRecord, *, force: bool) -> None:
+        """Raises ConfigError when names clash, or when files edited by hand would be overwritten without `force`."""
+        self._target, self._before, self._wanted = target, record, wanted
+        self.models = record.with_model(wanted)
+        self._deployments = deployments(self.models)
+        edited = [] if force else record.edited_files(target)
+        if edited:
+            raise ConfigError(
+                f"{target} has files that were changed by hand: {', '.join(edited[:4])}; this build would write them"
+                " anew. Give your changes as options of the build, or overwrite them with --force"
+            )
+
+    def write(self, root: Path, artifacts: Path) -> str:
+        """Write everything into `root`; `artifacts`, the engine directory of the wanted model, is moved there."""
+        generated: dict[str, str] = {}
+        for name, deployment in self._deployments.items():
+            for path in write_repository(root, deployment):
+                generated[path.relative_to(root).as_posix()] = file_digest(path)
+            target = root / engine_model_name(deployment) / ARTIFACTS
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if name == self._wanted.name:
+                os.rename(artifacts, target)
+            else:
+                link_or_copy(engine_dir(self._target, self._before.models, name), target)
+        RepositoryRecord(models=self.models, generated=generated).write(root)
+        names = sorted(path.parent.name for path in root.glob("*/config.pbtxt"))
+        return f"{len(names)} models: {', '.join(names)}"

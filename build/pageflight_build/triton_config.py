@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
 from pageflight.core import wire
@@ -35,7 +35,7 @@ class Deployment:
     engine_name: str = "engine"
     prefixed: bool = False
     is_default: bool = True
-    engine_dir: PurePosixPath = PurePosixPath("1/artifacts")
+    engine_dir: str = "1/artifacts"
     instances: int = 1
     preprocessing_instances: int = 2
     postprocessing_instances: int = 1
@@ -57,7 +57,9 @@ class Deployment:
         names = list(model_names(self).values())
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
-            raise ConfigError(f"name={self.name!r}, engine_name={self.engine_name!r}: two models would be {doubled[0]!r}")
+            raise ConfigError(
+                f"name={self.name!r}, engine_name={self.engine_name!r}: two models would be named {doubled[0]!r}"
+            )
 
 
 def model_names(deployment: Deployment) -> dict[str, str]:
@@ -95,7 +97,6 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "max_queue_size": str(deployment.max_queue_size),
         "num_threads": str(deployment.num_threads),
         "prefix_cache": _flag(deployment.prefix_cache),
-        "num_instances": str(deployment.instances),
     }
     if deployment.fake_engine:
         engine_settings["fake_engine"] = deployment.fake_engine
@@ -127,11 +128,14 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
             max_batch_size=MAX_BATCH_SIZE,
         ),
         _python_model(
-            names["text"], wire.TEXT_INPUTS, wire.TEXT_OUTPUTS, to_engine, instances=deployment.instances, decoupled=True
+            names["text"],
+            wire.TEXT_INPUTS,
+            wire.TEXT_OUTPUTS,
+            to_engine,
+            instances=deployment.instances,
+            decoupled=True,
         ),
-        _python_model(
-            names["unary"], wire.TEXT_INPUTS, wire.TEXT_OUTPUTS, to_engine, instances=deployment.instances
-        ),
+        _python_model(names["unary"], wire.TEXT_INPUTS, wire.TEXT_OUTPUTS, to_engine, instances=deployment.instances),
         _ensemble(names),
     )
     return {config.name: config for config in configs}

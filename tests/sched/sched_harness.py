@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 from pageflight.core.config import KVConfig, SchedulerConfig
@@ -16,7 +17,7 @@ VOCAB_SIZE = 13
 
 
 class Harness:
-    """`ahead` makes each plan before the one under way is settled, as an overlapping loop would."""
+    """`ahead` is how many plans are made before the oldest is settled, as an overlapping loop would."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class Harness:
         max_model_len: int = 64,
         max_queue_size: int = 100,
         prefix_cache: bool = True,
-        ahead: bool = False,
+        ahead: int = 0,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_tokens=max_num_tokens,
@@ -54,7 +55,7 @@ class Harness:
         self.log_probs: dict[int, list[float]] = {}
         self.finished: dict[int, Finished] = {}
         self.plans: list[StepPlan] = []
-        self._under_way: StepPlan | None = None
+        self._under_way: deque[StepPlan] = deque()
         self._next_handle = 0
 
     def submit(
@@ -100,20 +101,15 @@ class Harness:
         """One turn of the loop; returns its plan."""
         plan = self.scheduler.plan(self.clock())
         self.scheduler.check()
-        was_under_way = self._under_way is not None
+        was_under_way = bool(self._under_way)
         if plan is not None:
             self.plans.append(plan)
+            self._under_way.append(plan)
             assert plan.num_tokens <= self.config.max_num_tokens
-        if self.ahead:
-            before, self._under_way = self._under_way, plan
-            result = self.runner.collect() if before is not None else None
-            if plan is not None:
-                self.runner.submit(plan)
-            if before is not None and result is not None:
-                self._take(self.scheduler.settle(before, result, self.clock()))
-        elif plan is not None:
-            self.runner.submit(plan)
-            self._take(self.scheduler.settle(plan, self.runner.collect(), self.clock()))
+        while len(self._under_way) > (self.ahead if plan is not None else 0):
+            oldest = self._under_way.popleft()
+            self.runner.submit(oldest)
+            self._take(self.scheduler.settle(oldest, self.runner.collect(), self.clock()))
         for ending in self.scheduler.take_endings():
             self._end(ending)
         self.scheduler.check()
@@ -124,7 +120,7 @@ class Harness:
     def run(self, max_steps: int = 2000) -> None:
         """Step until nothing is open; then everything has been given back."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work and self._under_way is None:
+            if not self.scheduler.has_work and not self._under_way:
                 break
             self.step()
         else:

@@ -43,7 +43,7 @@ def build(
         pageflight build ./my-model --dtype int8 --kv-memory 4GiB --repository ./repo
     """
     result = run_build(flags, checkpoint, repository)
-    console.print(f"Serve it with: pageflight serve {result.repository}", highlight=False)
+    console.print(f"Serve it with: pageflight serve {result.repository}", highlight=False, soft_wrap=True)
 
 
 def run_build(flags: BuildFlags, checkpoint: str, repository: Path | None) -> BuildResult:
@@ -54,7 +54,7 @@ def run_build(flags: BuildFlags, checkpoint: str, repository: Path | None) -> Bu
 
     name = flags.name or default_name(checkpoint)
     options = flags.options(checkpoint, repository or default_root() / name)
-    console.print(f"Building [bold]{options.name}[/] from {options.checkpoint}", highlight=False)
+    console.print(f"Building [bold]{options.name}[/] from {options.checkpoint}", highlight=False, soft_wrap=True)
     result = build_repository(options, Terminal(console))
     manifest = result.manifest
     state = "unchanged" if result.reused else "built"
@@ -62,5 +62,6 @@ def run_build(flags: BuildFlags, checkpoint: str, repository: Path | None) -> Bu
         f"{result.repository}: {state} in {result.seconds:.1f} s ({manifest.lowering}, {manifest.dtype},"
         f" K/V {manifest.kv_dtype}, up to {manifest.max_model_len} tokens)",
         highlight=False,
+        soft_wrap=True,
     )
     return result

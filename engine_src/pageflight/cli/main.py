@@ -80,4 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         return 0
+    except Exception as error:  # our own bug: still one line, with the way to its traceback
+        if "--debug" in given:
+            raise
+        shown = f"internal error: {type(error).__name__}: {error}; `pageflight --debug …` shows where"
+        console.print(f"[bold red]error:[/] {escape(shown)}", highlight=False, soft_wrap=True)
+        return 1
     return 0

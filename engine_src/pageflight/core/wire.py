@@ -211,9 +211,7 @@ def _option_tensor(name: str) -> Tensor:
     )
 
 
-_TEXT_OPTION_NAMES = tuple(
-    name for option in _OPTIONS if (name := option.name) not in _TEXT_ONLY_PARAMETERS
-)
+_TEXT_OPTION_NAMES = tuple(name for option in _OPTIONS if (name := option.name) not in _TEXT_ONLY_PARAMETERS)
 
 TEXT_INPUTS: tuple[Tensor, ...] = (
     Tensor(name="text_input", dtype="STRING", meaning="the prompt"),

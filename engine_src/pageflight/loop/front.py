@@ -188,7 +188,7 @@ class Front:
     def _handle(self, messages: Iterable[FromCore | Disconnected]) -> None:
         touched: dict[OpenSequence, None] = {}
         ended: list[tuple[OpenSequence, Finished]] = []
-        now_ns = time.time_ns()
+        now_ns = time.monotonic_ns()
         for message in messages:
             if isinstance(message, StepFrame):
                 if message.epoch == self._epoch:
@@ -285,19 +285,20 @@ class Front:
             if not self._open:
                 self._idle.notify_all()
         event = sequence.final_event(text, sequence.ending or reason, finished, error)
-        assert event.usage is not None and event.finish_reason is not None
-        scheduled_ns = event.usage.first_scheduled_ns or sequence.first_token_ns or time.time_ns()
-        self._observer.finished(
-            event.finish_reason,
-            (time.time_ns() - sequence.arrival_ns) * 1e-9,
-            (scheduled_ns - sequence.arrival_ns) * 1e-9,
-            event.usage.num_input_tokens,
-            event.usage.num_output_tokens,
-        )
         try:
             sequence.sink(event)
         except Exception:
             log.exception("the receiver of request %r failed at its end", sequence.generation.request_id)
+        assert event.usage is not None and event.finish_reason is not None
+        now_ns = time.monotonic_ns()
+        scheduled_ns = sequence.scheduled_ns(finished) or sequence.first_token_ns or now_ns
+        self._observer.finished(
+            event.finish_reason,
+            (now_ns - sequence.arrival_ns) * 1e-9,
+            (scheduled_ns - sequence.arrival_ns) * 1e-9,
+            event.usage.num_input_tokens,
+            event.usage.num_output_tokens,
+        )
 
     def _let_go(self, handles: list[int]) -> None:
         """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""

@@ -76,9 +76,8 @@ class OpenSequence:
         "_stops",
         "alone",
         "arrival_ns",
-        "arrival_s",
-        "deadline_s",
         "ending",
+        "epoch_offset_ns",
         "first_token_ns",
         "fresh",
         "fresh_log_probs",
@@ -99,9 +98,9 @@ class OpenSequence:
     ) -> None:
         self.generation, self.sink, self.leader, self.index = generation, sink, leader, index
         self.handle = leader + index
-        self.arrival_s, self.arrival_ns = time.monotonic(), time.time_ns()
-        timeout_ms = generation.timeout_ms
-        self.deadline_s = None if timeout_ms is None else self.arrival_s + timeout_ms / 1000
+        # All times of a sequence are nanoseconds of the monotonic clock; the wall clock may jump between two of them.
+        self.arrival_ns = time.monotonic_ns()
+        self.epoch_offset_ns = time.time_ns() - self.arrival_ns
         self.output_ids: list[int] = []
         self.output_log_probs: list[float] = []
         self.fresh: list[int] = []
@@ -121,6 +120,15 @@ class OpenSequence:
         self._matcher = StopMatcher(stops.strings) if stops.strings is not None else None
         self._held_ids: tuple[int, ...] = ()
         self._parts: list[str] = []
+
+    @property
+    def arrival_s(self) -> float:
+        return self.arrival_ns / 1e9
+
+    @property
+    def deadline_s(self) -> float | None:
+        timeout_ms = self.generation.timeout_ms
+        return None if timeout_ms is None else self.arrival_s + timeout_ms / 1000
 
     def take(self) -> str:
         """Move the fresh ids to the output and return the text they complete. Sets `ending` when a stop is found;
@@ -217,20 +225,26 @@ class OpenSequence:
                 "num_cached_tokens": finished.num_cached_tokens,
                 "num_reused_blocks": finished.num_reused_blocks,
                 "num_new_blocks": finished.num_new_blocks,
-                "first_scheduled_ns": self._epoch_ns(finished.first_scheduled_s),
+                "first_scheduled_ns": self._epoch_ns(self.scheduled_ns(finished)),
             }
         return Usage(
             num_input_tokens=len(self.generation.prompt_ids),
             num_output_tokens=len(self.output_ids),
             cum_log_prob=sum(self.output_log_probs, 0.0),
-            arrival_ns=self.arrival_ns,
-            first_token_ns=self.first_token_ns,
-            last_token_ns=self.last_token_ns,
+            arrival_ns=self._epoch_ns(self.arrival_ns),
+            first_token_ns=self._epoch_ns(self.first_token_ns),
+            last_token_ns=self._epoch_ns(self.last_token_ns),
             **counts,
         )
 
-    def _epoch_ns(self, monotonic_s: float) -> int:
-        return self.arrival_ns + int((monotonic_s - self.arrival_s) * 1e9) if monotonic_s else 0
+    def scheduled_ns(self, finished: Finished | None) -> int:
+        """When it first got a row; 0 if it never did, or if nobody said."""
+        if finished is None or not finished.first_scheduled_s:
+            return 0
+        return max(self.arrival_ns, int(finished.first_scheduled_s * 1e9))
+
+    def _epoch_ns(self, monotonic_ns: int) -> int:
+        return monotonic_ns + self.epoch_offset_ns if monotonic_ns else 0
 
 
 def error_for(reason: str, finished: Finished | None) -> PageflightError | None:

@@ -1,53 +1,121 @@
-"""The OpenVINO lowering: the decoder as a graph for the CPU plugin, rebuilt and compiled at every start."""
+"""The OpenVINO lowering: the decoder as a graph for the CPU plugin, rebuilt and compiled at every start.
+
+Compiling takes fractions of a second for small models and shares the weights with the memory-mapped file, so nothing
+compiled is stored: an engine directory holds weights, not machine code.
+"""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OPENVINO_TELEMETRY", "0")
 
 import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
-from pageflight.lowering.base import CompiledModel
+from pageflight.core.errors import CheckpointError, ConfigError, ManifestMismatch
+from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
 from pageflight.lowering.openvino_model import OpenVinoModel
 from pageflight.lowering.openvino_ops import GraphOps
+from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 
-_KV = {"fp32": "f32", "bf16": "bf16", "u8": "u8"}
+BLOCK_SIZE = 32  # fixed by the CPU plugin's attention kernel
+_KV_PRECISION = {"fp32": "f32", "bf16": "bf16", "u8": "u8"}
+_DTYPES = ("fp32", "bf16", "int8")
+_MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
+_DYNAMIC_GROUPS = (256, 128, 64, 32)
 
 
 class OpenVinoLowering:
-    """Engines for the CPU."""
+    """Engines for the CPU.
+
+    fp32 and bf16 compute in what they store. int8 multiplies int8 weights with activations that are bf16 where the CPU
+    has bf16 arithmetic and float32 elsewhere, and that are rounded to int8 in groups on the way into each product
+    (dynamic quantisation). `exact` computes in float32 without that rounding, to tell a kernel's error from a format's.
+    """
 
     name = "openvino"
+    block_size = BLOCK_SIZE
 
-    def __init__(self, *, exact: bool = False, extra: dict[str, Any] | None = None) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         self._exact = exact
-        self._extra = extra or {}
+        self._core = ov.Core()
 
     def fingerprint(self, dtype: str) -> dict[str, str]:
-        return {"openvino": ov.get_version(), "machine": platform.machine()}
+        """Versions and CPU features an engine of `dtype` depends on. Raises ConfigError where `dtype` cannot run."""
+        self._check_dtype(dtype)
+        entries = {"openvino": ov.get_version(), "machine": _MACHINES.get(platform.machine(), platform.machine())}
+        if dtype != "fp32":
+            entries["activations"] = "bf16" if self._has_bf16() else "fp32"
+        return entries
 
-    def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
+    def default_kv_dtype(self, dtype: str) -> str:
+        """The fastest cache for `dtype` on this machine."""
+        return "bf16" if dtype != "fp32" and self._has_bf16() else "fp32"
+
+    def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
+        """Raises CheckpointError or ConfigError for a model or precision that this lowering cannot run here."""
+        self._check_dtype(dtype)
+        if kv_dtype not in _KV_PRECISION:
+            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported are {', '.join(_KV_PRECISION)}")
+
+    def load(self, engine_dir: Path, *, num_threads: int) -> OpenVinoModel:
+        """Compile an engine directory; `num_threads` 0 takes all cores the process may use.
+
+        Raises ManifestMismatch naming what does not fit this machine, this version or the files as they were built.
+        """
         engine = open_engine(engine_dir, self.name)
-        compare_fingerprints(engine_dir, engine.manifest.fingerprint, self.fingerprint(engine.manifest.dtype))
+        manifest = engine.manifest
+        self._check_manifest(engine_dir, manifest, engine.config)
         verification = Verification(engine)
-        ops = GraphOps(engine.config, engine.weights, engine.manifest.max_model_len)
+        ops = GraphOps(engine.config, engine.weights, manifest.max_model_len)
         model = ops.model(decoder(ops, engine.config))
-        dtype = engine.manifest.dtype
-        settings = {
-            "INFERENCE_PRECISION_HINT": "f32" if self._exact or dtype == "fp32" else "bf16",
-            "KV_CACHE_PRECISION": _KV[engine.manifest.kv_dtype],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": num_threads,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64 if dtype == "int8" and not self._exact else 0,
-            **self._extra,
-        }
-        compiled = ov.Core().compile_model(model, "CPU", settings)
+        compiled = self._core.compile_model(model, "CPU", self._settings(manifest, engine.config, num_threads))
         verification.finish()
         return OpenVinoModel(compiled, engine.config.num_layers, engine.config.vocab_size, ops.keep)
+
+    def _settings(self, manifest: EngineManifest, config: DecoderConfig, num_threads: int) -> dict[str, Any]:
+        narrow = not self._exact and manifest.fingerprint.get("activations") == "bf16"
+        rounded = manifest.dtype == "int8" and not self._exact
+        return {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
+            "KV_CACHE_PRECISION": _KV_PRECISION[manifest.kv_dtype],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": dynamic_group(config, manifest.quant_group_size) if rounded else 0,
+            "INFERENCE_NUM_THREADS": num_threads,
+            "ENABLE_CPU_PINNING": False,  # instances side by side would be pinned to the same cores
+        }
+
+    def _check_manifest(self, folder: Path, manifest: EngineManifest, config: DecoderConfig) -> None:
+        try:
+            here = self.fingerprint(manifest.dtype)
+            self.check(config, manifest.dtype, manifest.kv_dtype, manifest.quant_group_size)
+        except (CheckpointError, ConfigError) as error:
+            raise ManifestMismatch(f"{folder}: {error}") from None
+        if here.get("activations") == "bf16" and manifest.fingerprint.get("activations") == "fp32":
+            here["activations"] = "fp32"  # built where bf16 is missing: any CPU can run it as it was built
+        compare_fingerprints(folder, manifest.fingerprint, here)
+        if manifest.block_size != BLOCK_SIZE:
+            raise ManifestMismatch(f"{folder}: block_size={manifest.block_size}, {self.name} has {BLOCK_SIZE}")
+
+    def _check_dtype(self, dtype: str) -> None:
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype={dtype!r}: supported are {', '.join(_DTYPES)}")
+        if dtype == "bf16" and not self._has_bf16():
+            raise ConfigError("dtype='bf16': this CPU has no bf16 arithmetic; build with fp32 or int8")
+
+    def _has_bf16(self) -> bool:
+        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def dynamic_group(config: DecoderConfig, weight_group: int) -> int:
+    """Activations per scale of dynamic quantisation, 0 for none.
+
+    The plugin wants groups that divide every input size and the groups of the weights; larger ones are faster, beyond
+    256 outliers in the activations would cost precision.
+    """
+    inputs = [config.hidden_size, config.q_size, config.intermediate_size]
+    common = int(np.gcd.reduce([*inputs, *([weight_group] if weight_group else [])]))
+    return next((size for size in _DYNAMIC_GROUPS if common % size == 0), 0)

@@ -18,6 +18,7 @@ from openvino.op import Constant, Parameter, _PagedAttentionExtension  # type: i
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
 from pageflight.quant.store import WeightStore
+from pageflight.quant.weight import Weight
 
 Node = Any  # openvino.Node or openvino.Output; the package's stubs do not type its operations
 _ELEMENT = {"F32": Type.f32, "BF16": Type.bf16, "I8": Type.i8}
@@ -54,7 +55,7 @@ class GraphOps:
         return self._ids, self._positions, self._take
 
     def embed(self, ids: Node, weight: str) -> Node:
-        return opset.gather(self._matrix(weight), ids, _constant(0, np.int64))
+        return opset.gather(self._matrix(self._weights[weight]), ids, _constant(0, np.int64))
 
     def take(self, x: Node, rows: Node) -> Node:
         return opset.gather(x, rows, _constant(0, np.int64))
@@ -72,11 +73,10 @@ class GraphOps:
         squares = opset.power(x, _constant([[2.0]]))
         mean = opset.reduce_mean(squares, _constant([-1], np.int64), keep_dims=True)
         inverse = opset.divide(_constant([[1.0]]), opset.sqrt(opset.add(mean, _constant([[eps]]))))
-        return opset.multiply(opset.multiply(x, inverse), self._vector(weight))
+        return opset.multiply(opset.multiply(x, inverse), self._shared(self._weights[weight].float32()[None]))
 
     def linear(self, x: Node, weight: str, bias: str | None = None) -> Node:
-        y = opset.matmul(x, self._matrix(weight), False, True)
-        return y if bias is None else opset.add(y, self._vector(bias))
+        return self._product(x, self._weights[weight], None if bias is None else self._weights[bias].float32())
 
     def split(self, x: Node, sizes: Sequence[int]) -> list[Node]:
         return list(opset.variadic_split(x, _constant(1, np.int64), _constant(list(sizes), np.int64)).outputs())
@@ -104,7 +104,14 @@ class GraphOps:
         info["k_head_size"] = info["v_head_size"] = c.head_dim
         return node.output(0)
 
-    def silu_mul(self, gate: Node, up: Node) -> Node:
+    def gated_linear(self, x: Node, weight: str, bias: str | None = None) -> Node:
+        """Two products, not one: swish then joins the first as a post-operation and nothing has to be split."""
+        whole = self._weights[weight]
+        offset = None if bias is None else self._weights[bias].float32()
+        gate, up = (
+            self._product(x, whole.rows(half), None if offset is None else offset[half])
+            for half in _halves(whole.shape[0])
+        )
         return opset.multiply(opset.swish(gate), up)
 
     def add(self, a: Node, b: Node) -> Node:
@@ -151,12 +158,12 @@ class GraphOps:
         self.keep.append((array, tensor))
         return Constant(tensor)
 
-    def _vector(self, name: str) -> Node:
-        return self._shared(self._weights[name].float32()[None])
+    def _product(self, x: Node, weight: Weight, offset: NDArray[np.float32] | None) -> Node:
+        y = opset.matmul(x, self._matrix(weight), False, True)
+        return y if offset is None else opset.add(y, self._shared(offset[None]))
 
-    def _matrix(self, name: str) -> Node:
+    def _matrix(self, weight: Weight) -> Node:
         """A weight as float32 [N, K] for the graph; the plugin keeps the stored form and widens it as it multiplies."""
-        weight = self._weights[name]
         if weight.dtype == "F32":
             return self._shared(weight.values)
         if weight.scales is None:
@@ -169,6 +176,10 @@ class GraphOps:
         grouped = self._shared(weight.values.reshape(rows, groups, -1), Type.i8)
         product = opset.multiply(opset.convert(grouped, "f32"), self._shared(weight.scales[:, :, None]))
         return opset.reshape(product, _constant(list(weight.shape), np.int64), False)
+
+
+def _halves(count: int) -> tuple[slice, slice]:
+    return slice(0, count // 2), slice(count // 2, count)
 
 
 def _constant(value: Any, dtype: Any = np.float32) -> Node:

@@ -103,7 +103,8 @@ class EagerOps:
         )
         return attended.transpose(1, 2)[self._place].flatten(1)
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        gate, up = self.linear(x, weight, bias).chunk(2, 1)
         return functional.silu(gate) * up
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Weight:
     def num_bytes(self) -> int:
         return self.values.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
+    def rows(self, part: slice) -> Weight:
+        """The weight of some outputs only, sharing memory."""
+        return Weight(self.name, self.dtype, self.values[part], None if self.scales is None else self.scales[part])
+
     def float32(self) -> NDArray[np.float32]:
         """The value of every element, whatever the form: the reference of every lowering."""
         if self.dtype == "F32":

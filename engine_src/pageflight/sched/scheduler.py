@@ -171,7 +171,6 @@ class Scheduler:
             self._finish(expired, "deadline")
         if not self.rows.num_held and not len(self._waiting):
             return None
-        num_preemptions = self._counters.preemptions
         decode_rows = self._room_for_decoding()
         budget = self.config.max_num_tokens - len(decode_rows)
         chunks = Chunks()
@@ -179,8 +178,7 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._add_chunk(chunks, sequence, budget)
-        if self._counters.preemptions == num_preemptions:
-            self._admit(chunks, budget, now_s)
+        self._admit(chunks, budget, now_s)
         if not len(decode_rows) and not chunks.rows:
             return None
         return self._make_plan(decode_rows, chunks)

@@ -1,0 +1,1 @@
+"""Drivers of other engines: the same workloads, the same figures."""
