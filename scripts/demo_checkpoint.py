@@ -16,7 +16,7 @@ from stdlib_corpus import BOS, CHAT_TEMPLATE, EOS, SourceFile
 from tokenizers import Tokenizer
 
 HELD_OUT_SAMPLE = "held_out.jsonl"
-SAMPLE_BYTES = 150_000  # enough that quantisation shows in the third digit of the perplexity
+SAMPLE_BYTES = 100_000  # enough that quantisation shows in the third digit of the perplexity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +39,28 @@ class Perplexity:
         return f"{self.per_token:.3f} per token ({self.num_tokens} tokens), {self.per_byte:.4f} per byte"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What the model card says about how the weights came to be."""
+
+    num_steps: int
+    num_tokens: int
+    num_files: int
+    num_bytes: int
+    processor_minutes: float  # of all threads together: what else the machine does adds nothing
+    num_threads: int
+    seed: int
+
+
 def measure_perplexity(folder: Path, texts: Iterable[str], *, window: int) -> Perplexity:
     """Perplexity of a checkpoint folder, computed by transformers in fp32.
 
     Every text is encoded as <s> … </s> and cut into windows of `window` predicted tokens that overlap by one, so that
     each token but <s> is predicted exactly once, from what precedes it in its window.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hub = load_transformers()
+    tokenizer = hub.AutoTokenizer.from_pretrained(folder)
+    model = hub.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     nll, num_tokens, num_bytes = 0.0, 0, 0
     for text in texts:
         ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
@@ -60,6 +72,15 @@ def measure_perplexity(folder: Path, texts: Iterable[str], *, window: int) -> Pe
             nll += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
             num_tokens += len(piece) - 1
     return Perplexity(nll=nll, num_tokens=num_tokens, num_bytes=num_bytes)
+
+
+def load_transformers() -> Any:
+    """transformers, imported late (it takes seconds) and untyped (as most of it is)."""
+    import transformers
+
+    hub: Any = transformers
+    hub.utils.logging.disable_progress_bar()
+    return hub
 
 
 def held_out_sample(held_out: Sequence[SourceFile]) -> list[SourceFile]:
@@ -87,24 +108,17 @@ def write(
     config: dict[str, Any],
     tokenizer: Tokenizer,
     held_out: Sequence[SourceFile],
-    training: dict[str, Any],
-) -> str:
-    """Writes every file of the checkpoint and returns the model card.
+    training: Training,
+) -> Perplexity:
+    """Writes every file of the checkpoint, the model card too, and returns the perplexity of all held-out files.
 
     Raises AssertionError if transformers does not compute the same logits from the written files.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        GenerationConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
-
+    hub = load_transformers()
     folder.mkdir(parents=True, exist_ok=True)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     shape = {name: value for name, value in config.items() if name != "rope_theta"}
-    hf_config = LlamaConfig(
+    hf_config = hub.LlamaConfig(
         **shape,
         rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
         hidden_act="silu",
@@ -116,15 +130,17 @@ def write(
         pad_token_id=eos,
         dtype="bfloat16",
     )
-    hf_model = LlamaForCausalLM(hf_config).to(torch.bfloat16)
+    hf_model = hub.LlamaForCausalLM(hf_config).to(torch.bfloat16)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     hf_model.load_state_dict(weights)
-    hf_model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False)
+    hf_model.generation_config = hub.GenerationConfig(
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False
+    )
     hf_model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
 
-    fast = PreTrainedTokenizerFast(
+    fast = hub.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
@@ -143,7 +159,7 @@ def write(
     lines = [json.dumps({"path": file.path, "text": file.text}) for file in sample]
     (folder / HELD_OUT_SAMPLE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reloaded = hub.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rounded = DemoLlama(config)
     rounded.load_state_dict({n: t.to(torch.bfloat16).float() for n, t in model.state_dict().items()})
     probe = torch.randint(0, config["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0))
@@ -152,29 +168,49 @@ def write(
     assert difference < 1e-3, f"transformers' logits differ by {difference} from the trained model's"
 
     window = config["max_position_embeddings"]
+    full = measure_perplexity(folder, [file.text for file in held_out], window=window)
     card = render_card(
         config=config,
         num_parameters=sum(p.numel() for p in model.parameters()),
         training=training,
         held_out_files=[file.path for file in held_out],
-        full=measure_perplexity(folder, [file.text for file in held_out], window=window),
+        full=full,
         sample=measure_perplexity(folder, [file.text for file in sample], window=window),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return card
+    return full
 
 
 def render_card(
     *,
     config: dict[str, Any],
     num_parameters: int,
-    training: dict[str, Any],
+    training: Training,
     held_out_files: Sequence[str],
     full: Perplexity,
     sample: Perplexity,
 ) -> str:
     """The model card; its front matter repeats the figures for programs."""
     window = config["max_position_embeddings"]
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    python, minutes = platform.python_version(), training.processor_minutes
+    rows = [
+        ("architecture", f"Llama: {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}"),
+        ("attention", f"{heads} heads, {kv_heads} key/value heads of {head_dim}, RoPE"),
+        ("MLP", f"SwiGLU, {config['intermediate_size']}; tied embeddings"),
+        ("context", f"{window} tokens"),
+        ("tokenizer", f"byte-level BPE, {config['vocab_size']} tokens, trained beside it"),
+        ("weights", f"bf16, {num_parameters / 1e6:.1f} M"),
+        ("training", f"{training.num_steps} steps, {training.num_tokens / 1e6:.1f} M tokens, seed {training.seed}"),
+        ("time", f"{minutes:.0f} processor minutes in {training.num_threads} threads"),
+        ("made with", f"Python {python}, torch {torch.__version__}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    measured = "\n".join(
+        f"| {what}: {p.num_tokens} tokens, {p.num_bytes} bytes | {p.per_token:.3f} | {p.per_byte:.4f} |"
+        for what, p in ((f"all {len(held_out_files)} held-out files", full), (f"`{HELD_OUT_SAMPLE}`", sample))
+    )
+    data = f"{training.num_files} files, {training.num_bytes / 1e6:.1f} MB: the standard library of CPython {python}"
     return f"""---
 license: psf-2.0
 language: [code]
@@ -188,24 +224,19 @@ sample_perplexity_per_byte: {sample.per_byte:.5f}
 
 # A small Llama that completes Python
 
-{num_parameters / 1e6:.1f} M parameters, trained from nothing on the sources of the Python standard library by
+{num_parameters / 1e6:.1f} M parameters, trained from scratch on the sources of the Python standard library by
 `scripts/train_demo.py`. It exists so that a fresh clone has something to serve: it writes lines that look like Python
 and is right by luck only.
 
 | | |
 |---|---|
-| architecture | Llama: {config["num_hidden_layers"]} layers, hidden {config["hidden_size"]}, {config["num_attention_heads"]} heads and {config["num_key_value_heads"]} key/value heads of {config["head_dim"]}, SwiGLU {config["intermediate_size"]}, RoPE, tied embeddings |
-| context | {window} tokens |
-| tokenizer | byte-level BPE, {config["vocab_size"]} tokens, trained beside it |
-| weights | bf16 |
-| training | {training["steps"]} steps, {training["tokens"] / 1e6:.1f} M tokens, {training["minutes"]:.0f} minutes; seed {training["seed"]}, Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads |
+{table}
 
 ## Perplexity on held-out files
 
 | texts | per token | per byte |
 |---|---|---|
-| all {len(held_out_files)} held-out files ({full.num_tokens} tokens, {full.num_bytes} bytes) | {full.per_token:.3f} | {full.per_byte:.4f} |
-| `{HELD_OUT_SAMPLE}` ({sample.num_tokens} tokens, {sample.num_bytes} bytes) | {sample.per_token:.3f} | {sample.per_byte:.4f} |
+{measured}
 
 Measured from the written files (bf16 weights) with transformers in fp32. Each file is encoded as `<s>` … `</s>` and cut
 into windows of {window} predicted tokens overlapping by one, so that every token but `<s>` is predicted exactly once;
@@ -216,7 +247,7 @@ under any version of Python.
 
 ## Data and licence
 
-{training["files"]} files, {training["bytes"] / 1e6:.1f} MB: the standard library of CPython {platform.python_version()} without its tests,
+{data} without its tests,
 character tables and generated documentation. CPython is licensed under the
 [PSF License Version 2](https://docs.python.org/3/license.html), copyright Python Software Foundation; the held-out
 sample carries the same licence.

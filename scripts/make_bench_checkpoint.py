@@ -138,7 +138,7 @@ def random_tensor(name: str, shape: tuple[int, ...], *, seed: int) -> np.ndarray
 
 
 def to_dtype(values: np.ndarray[Any, np.dtype[np.float32]], dtype: Dtype) -> np.ndarray[Any, np.dtype[Any]]:
-    """The same values in the wanted type; bfloat16 (which numpy lacks) as its bits, rounded to nearest, ties to even."""
+    """The same values in the wanted type; bfloat16, which numpy lacks, as its bits, rounded to nearest even."""
     if dtype is Dtype.bfloat16:
         bits = values.view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

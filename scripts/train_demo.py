@@ -172,7 +172,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; fewer for a quick look.")] = Recipe().num_steps,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy size, for trying the pipeline.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = Recipe().seed,
-    max_files: Annotated[int | None, typer.Option(min=1, help="Use only so many files, to train on and to hold out.")] = None,
+    max_files: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many files, to train on and to hold out.")
+    ] = None,
 ) -> None:
     """Train the demo checkpoint on the Python standard library's sources."""
     console = Console()
@@ -189,7 +191,7 @@ def main(
             max_position_embeddings=128,
         )
         recipe = Recipe(num_steps=steps, seed=seed, short_window=64, long_window=128, tokens_per_step=1024)
-    started_s = time.monotonic()
+    started_s = time.process_time()
 
     corpus = read_stdlib()
     files = [file for file in corpus if not file.is_held_out][:max_files]
@@ -224,23 +226,25 @@ def main(
                 progress.console.print(f"step {step + 1}: loss {loss:.3f}")
 
         train(model, files, tokenizer, recipe, report)
+    processor_s = time.process_time() - started_s
     with console.status("writing the checkpoint and measuring its perplexity"):
-        card = demo_checkpoint.write(
+        perplexity = demo_checkpoint.write(
             output,
             model=model,
             config=shape.as_config(),
             tokenizer=tokenizer,
             held_out=held_out,
-            training={
-                "steps": recipe.num_steps,
-                "tokens": recipe.num_steps * recipe.tokens_per_step,
-                "files": len(files),
-                "bytes": sum(len(f.text.encode()) for f in files),
-                "minutes": (time.monotonic() - started_s) / 60,
-                "seed": recipe.seed,
-            },
+            training=demo_checkpoint.Training(
+                num_steps=recipe.num_steps,
+                num_tokens=recipe.num_steps * recipe.tokens_per_step,
+                num_files=len(files),
+                num_bytes=sum(len(file.text.encode()) for file in files),
+                processor_minutes=processor_s / 60,
+                num_threads=torch.get_num_threads(),
+                seed=recipe.seed,
+            ),
         )
-    console.print(card)
+    console.print(f"{output}: held-out perplexity {perplexity}", highlight=False)
 
 
 if __name__ == "__main__":

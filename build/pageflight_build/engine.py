@@ -39,10 +39,12 @@ def read_source(folder: Path) -> Source:
 def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> EngineOptions:
     """Every open choice made: dtype for this CPU, cache dtype for that, groups that divide the model's sizes.
 
-    Raises ConfigError when `max_model_len` is beyond what the model was made for.
+    Raises ConfigError when `max_model_len` is beyond what the model was made for, ConfigError or CheckpointError for
+    what the target cannot run here.
     """
+    lowering = registry.get(options.engine)
     dtype = options.dtype or default_dtype(cpu_flags())
-    kv_dtype = options.kv_dtype or ("fp32" if dtype == "fp32" else "bf16")
+    kv_dtype = options.kv_dtype or lowering.default_kv_dtype(dtype)
     group_size = options.group_size
     if dtype != "int8":
         if group_size > 0:
@@ -55,6 +57,7 @@ def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> Eng
         raise ConfigError(
             f"max_model_len={options.max_model_len}: the model was made for {config.max_positions} positions"
         )
+    lowering.check(config, dtype, kv_dtype, group_size)
     return replace(
         options,
         dtype=dtype,
@@ -64,10 +67,11 @@ def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> Eng
     )
 
 
-def make_manifest(name: str, source: Source, options: EngineOptions, *, block_size: int) -> EngineManifest:
+def make_manifest(name: str, source: Source, options: EngineOptions) -> EngineManifest:
     """The manifest without its files. `options` must be resolved."""
     assert options.dtype and options.kv_dtype and options.max_model_len, "options are resolved first"
     config, text = source.config, source.text
+    lowering = registry.get(options.engine)
     return EngineManifest(
         name=name,
         family=config.family,
@@ -75,7 +79,7 @@ def make_manifest(name: str, source: Source, options: EngineOptions, *, block_si
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         quant_group_size=options.group_size,
-        block_size=block_size,
+        block_size=lowering.block_size,
         max_model_len=options.max_model_len,
         vocab_size=config.vocab_size,
         bos_token_id=text.bos_token_id,
@@ -84,7 +88,7 @@ def make_manifest(name: str, source: Source, options: EngineOptions, *, block_si
         add_bos=text.add_bos,
         model=config.to_json(),
         generation=text.generation,
-        fingerprint=registry.get(options.engine).fingerprint(options.dtype),
+        fingerprint=lowering.fingerprint(options.dtype),
     )
 
 

@@ -139,7 +139,7 @@ class _Engine:
 
     def _describe(self, report: StageReport) -> str:
         files = record_files(self._folder, report.advance)
-        manifest = make_manifest(self._build.name, self._source, self._options, block_size=1)
+        manifest = make_manifest(self._build.name, self._source, self._options)
         self._manifest = replace(manifest, files=files)
         self._manifest.write(self._folder)
         return f"{len(files)} files; {', '.join(f'{k} {v}' for k, v in manifest.fingerprint.items())}"
@@ -152,9 +152,6 @@ class _Engine:
             reference = reference_logits(source.weights, source.config, ids)
         model = registry.get(manifest.lowering).load(self._folder, num_threads=self._build.serving.threads)
         try:
-            # Blocks have the size that the target wants; only the loaded engine knows it.
-            self._manifest = replace(manifest, block_size=model.block_size)
-            self._manifest.write(self._folder)
             result = verify(model, ids, dtype=manifest.dtype, kv_dtype=manifest.kv_dtype, reference=reference)
         finally:
             model.close()

@@ -90,7 +90,8 @@ class _NumpyOps:
         scores_HTT[:, ~np.tri(length, dtype=bool)] = -np.inf
         weights_HTT = np.exp(scores_HTT - scores_HTT.max(axis=-1, keepdims=True))
         weights_HTT /= weights_HTT.sum(axis=-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", weights_HTT, v_THD).reshape(length, -1)
+        attended: Array = np.einsum("hqk,khd->qhd", weights_HTT, v_THD).reshape(length, -1)
+        return attended
 
     def gated_linear(self, x: Array, weight: str, bias: str | None = None) -> Array:
         gate, up = np.split(self.linear(x, weight, bias), 2, axis=-1)

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
+from pageflight.lowering import registry
 from pageflight_build.record import ModelRecord, RepositoryRecord, file_digest
 from pageflight_build.swap import link_or_copy
 from pageflight_build.triton_config import Deployment, engine_model_name, model_names, write_repository
@@ -80,6 +81,8 @@ def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord) -> Pa
         manifest = EngineManifest.read(folder)
     except ManifestMismatch:
         return None
+    if manifest.fingerprint != registry.get(manifest.lowering).fingerprint(manifest.dtype):
+        return None  # built by another version of the target's software, or on another kind of machine
     files = [(folder / item.path, item.num_bytes) for item in manifest.files]
     complete = all(path.is_file() and path.stat().st_size == size for path, size in files)
     return folder if complete else None
@@ -103,7 +106,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             engine_name=model.serving.engine_name,
             prefixed=len(models) > 1,
             is_default=model.default,
-            engine_dir=PurePosixPath(ARTIFACTS),
+            engine_dir=ARTIFACTS.as_posix(),
             instances=model.serving.instances,
             kv_memory=model.serving.kv_memory,
             max_num_seqs=model.serving.max_num_seqs,

@@ -14,7 +14,7 @@ from pageflight.core.stats import CoreStats
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.front import Front, Generation
 
-WAIT_S = 20.0
+WAIT_S = 60.0  # for machines that are busy with other things
 CONFIG = EngineConfig(
     kv=KVConfig(num_blocks=256, block_size=16),
     scheduler=SchedulerConfig(max_num_tokens=256, max_num_seqs=64, max_model_len=1024),

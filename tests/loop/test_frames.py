@@ -53,7 +53,7 @@ def test_every_error_keeps_its_class_status_and_message_between_processes() -> N
         assert type(error) is cls and str(error) == "prompt='x': too long" and status_of(error) == STATUS[cls]
     original = InvalidArgument("top_k", -1, "must be at least 0")
     copy = error_from_wire(*error_to_wire(original))
-    assert isinstance(copy, InvalidArgument) and (copy.option, copy.limit) == ("top_k", original.limit)
+    assert isinstance(copy, InvalidArgument) and copy.option == "top_k" and copy.limit == original.limit
     assert str(error_from_wire(*error_to_wire(QueueFull(5, 4)))) == str(QueueFull(5, 4))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 from front_harness import NumberText, generation
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_grouping_changes_nothing(
     single = [[index] for group in groups for index in group]
     results = []
     for stream in (True, False):
-        for parts in (groups, single, [sum(groups, [])] if groups else []):
+        for parts in (groups, single, [list(chain(*groups))] if groups else []):
             events = play(generation((1,), max_tokens=100, stream=stream, log_probs=True, **wishes), parts)
             ids = [index for event in events for index in event.ids]
             log_probs = [value for event in events for value in event.log_probs]

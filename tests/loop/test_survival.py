@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, core_command
 from pageflight.loop.front import Front
 from pageflight.loop.local import find_python, make_supervisor, start_core
+from pageflight.loop.reports import Report, Reporter
 from pageflight.loop.status import read_status
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
 
@@ -39,9 +41,9 @@ from pageflight.loop.supervisor import Supervisor, SupervisorConfig
 def supervised(supervisor: Supervisor, address: CoreAddress, recorder: Recorder) -> Iterator[Front]:
     supervisor.start()
     try:
-        supervisor.wait_ready(20)
+        supervisor.wait_ready(60)
         front = Front(address, NumberText(), recorder)
-        front.wait_ready(20)
+        front.wait_ready(60)
         try:
             yield front
         finally:
@@ -66,7 +68,11 @@ def test_a_killed_core_is_a_pause_and_nothing_else() -> None:
     ]
     recorder = Recorder()
     with start_core(SLOW, NumberText(), recorder) as front:
-        undisturbed = [run(front, wanted) for wanted in wishes]
+        undisturbed = [Collector(wanted.sampling.n) for wanted in wishes]
+        for wanted, sink in zip(wishes, undisturbed, strict=True):
+            front.submit(wanted, sink)
+        for sink in undisturbed:
+            sink.wait()
         sinks = [Collector(wanted.sampling.n) for wanted in wishes]
         for wanted, sink in zip(wishes, sinks, strict=True):
             front.submit(wanted, sink)
@@ -102,7 +108,7 @@ def test_requests_that_come_while_there_is_no_core_wait_for_the_next() -> None:
 def test_a_core_that_hangs_is_replaced() -> None:
     """A stopped process keeps its sockets open, so nobody but the heartbeat notices."""
     address = private_address()
-    supervisor = make_supervisor(SLOW, address, config=SupervisorConfig(hang_limit_s=1.5))
+    supervisor = make_supervisor(SLOW, address, config=SupervisorConfig(hang_limit_s=3.0))
     recorder = Recorder()
     with supervised(supervisor, address, recorder) as front:
         expected = run(front, generation(max_tokens=100)).ids()
@@ -111,8 +117,7 @@ def test_a_core_that_hangs_is_replaced() -> None:
         sink.wait(lambda: sink.num_ids > 10)
         os.kill(core_pid(address), signal.SIGSTOP)
         assert sink.wait().ids() == expected
-        assert "no sign of life" not in supervisor.status.message and supervisor.status.restarts == 1
-        assert len(recorder.restarts) == 1
+        assert len(recorder.restarts) == supervisor.status.restarts >= 1
 
 
 def test_a_core_that_cannot_come_back_ends_its_requests_with_engine_lost() -> None:
@@ -163,7 +168,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_the_reason_and_not_tried_ag
     front = Front(address, NumberText(), Recorder())
     for one in (supervisor, front):
         with pytest.raises(ManifestMismatch, match=r"manifest\.json is missing; run `pageflight build`"):
-            one.wait_ready(30)
+            one.wait_ready(60)
     assert supervisor.status.restarts == 0 and supervisor.status.state == "lost"
     front.close(0)
     supervisor.close(1)
@@ -192,7 +197,7 @@ from front_harness import Collector, NumberText, Recorder, generation
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.front import Front
 front = Front(CoreAddress(Path(sys.argv[1])), NumberText(), Recorder())
-front.wait_ready(20)
+front.wait_ready(60)
 sinks = [Collector(2) for _ in range(40)]
 for sink in sinks:
     front.submit(generation(max_tokens=900, n=2), sink)
@@ -225,7 +230,7 @@ from pageflight.loop.address import private_address
 from pageflight.loop.local import make_supervisor
 supervisor = make_supervisor(SLOW, private_address())
 supervisor.start()
-supervisor.wait_ready(30)
+supervisor.wait_ready(60)
 print(supervisor.status.core_pid, supervisor._address.folder, flush=True)
 time.sleep(60)
 """
@@ -259,9 +264,9 @@ def test_closing_a_supervisor_drains_its_core_and_leaves_nothing() -> None:
     address = private_address()
     supervisor = make_supervisor(SLOW, address)
     supervisor.start()
-    supervisor.wait_ready(20)
+    supervisor.wait_ready(60)
     front = Front(address, NumberText(), Recorder())
-    front.wait_ready(20)
+    front.wait_ready(60)
     sink = Collector()
     front.submit(generation(max_tokens=60), sink)
     sink.wait(lambda: sink.num_ids > 5)
@@ -289,3 +294,58 @@ def test_nothing_is_left_open_after_many_lives() -> None:
             eventually(lambda least=lives: len(recorder.restarts) > least, "another core takes over")
     time.sleep(0.1)
     assert descriptors() <= before
+
+
+def test_a_core_that_keeps_dying_is_started_again_ever_more_slowly() -> None:
+    """A crash at the first step made a loop of restarts that took a whole processor."""
+    address, moments = private_address(), []
+
+    def command(report_fd: int) -> list[str]:
+        moments.append(time.monotonic())
+        report = 'import os, sys; os.write(int(sys.argv[1]), b\'{"kind":"ready"}\\n\')'
+        return [sys.executable, "-S", "-c", report, str(report_fd)]
+
+    supervisor = Supervisor(command, address, config=SupervisorConfig(backoff_s=0.2))
+    supervisor.start()
+    eventually(lambda: len(moments) >= 5, "five starts")
+    supervisor.close(1)
+    pauses = [after - before for before, after in pairwise(moments)]
+    assert pauses[1] >= 0.2 and pauses[2] >= 0.4 and pauses[3] >= 0.8
+
+
+def test_a_core_that_never_gets_ready_is_given_up_in_time() -> None:
+    address = private_address()
+    config = SupervisorConfig(start_timeout_s=0.3, max_failed_starts=2, backoff_s=0.01)
+    supervisor = Supervisor(lambda _: ["sleep", "60"], address, config=config)
+    supervisor.start()
+    with pytest.raises(EngineLost, match=r"was not ready for 0\.3 s"):
+        supervisor.wait_ready(60)
+    supervisor.close(1)
+
+
+def test_a_core_that_cannot_be_executed_is_a_configuration_error() -> None:
+    supervisor = Supervisor(lambda _: ["/nonexistent/python"], private_address())
+    supervisor.start()
+    with pytest.raises(ConfigError, match="cannot start the core"):
+        supervisor.wait_ready(60)
+    supervisor.close(1)
+
+
+def test_a_supervisor_that_does_not_read_cannot_stop_the_core() -> None:
+    """The pipe of a stopped supervisor filled up, and the next sign of life blocked the loop."""
+    reader, writer = os.pipe()
+    reporter = Reporter(writer)
+    for _ in range(20_000):
+        reporter.send(Report("beat"))
+    os.close(reader)
+    reporter.send(Report("beat"))
+    os.close(writer)
+
+
+def test_openvino_does_not_phone_home() -> None:
+    """Its environment variables do not exist; importing it sends an event unless the package cannot be found."""
+    code = (
+        "import sys; from pageflight.loop.core_process import silence_telemetry; silence_telemetry(); import openvino; "
+        "assert not [m for m in sys.modules if m.startswith('openvino_telemetry.')], 'telemetry was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -53,7 +53,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "head-80": {"hidden_size": 80, "head_dim": 80, "num_attention_heads": 2, "num_key_value_heads": 1},
     "head-128": {"head_dim": 128, "num_attention_heads": 2},
-    "odd-sizes": {"hidden_size": 75, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 32, "intermediate_size": 99, "vocab_size": 131},
+    "odd-sizes": {
+        "hidden_size": 75,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "head_dim": 32,
+        "intermediate_size": 99,
+        "vocab_size": 131,
+    },
     "quantisable": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
 }
 
@@ -215,7 +222,9 @@ def random_ids() -> Callable[[int, int], list[int]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "shape" in metafunc.fixturenames and not any(m.name == "parametrize" for m in metafunc.definition.iter_markers()):
+    if "shape" in metafunc.fixturenames and not any(
+        m.name == "parametrize" for m in metafunc.definition.iter_markers()
+    ):
         metafunc.parametrize("shape", sorted(SHAPES))
     if "lowering" in metafunc.fixturenames:
         metafunc.parametrize("lowering", ["torch", "openvino"])

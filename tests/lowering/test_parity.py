@@ -32,7 +32,12 @@ def test_greedy_ids_equal_transformers_over_64_tokens(workshop, random_ids, shap
     model = workshop.reference(shape)
     with torch.inference_mode():
         whole = model.generate(
-            torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     expected = whole[0, len(prompt) :].tolist()
     ids = [int(driver.step({"a": prompt})["a"].argmax())]

@@ -288,9 +288,25 @@ def test_blocks_filled_by_a_cancelled_sequence_are_not_registered() -> None:
     """A block that was computed for a cancelled sequence was free already when it entered the prefix cache."""
     harness = Harness(block_size=4, max_num_seqs=1, ahead=1)
     first = harness.submit(prompt(8), max_tokens=4)
-    harness.submit(prompt(8, 5), max_tokens=4)
     harness.step()
     harness.cancel(first)
+    assert harness.step() is None
+    again = harness.submit(prompt(8), max_tokens=4)
+    harness.run()
+    harness.verify()
+    assert harness.finished[again].num_cached_tokens == 0
+
+
+def test_followers_wait_for_a_leader_that_was_preempted_and_came_back_while_its_prompt_was_under_way() -> None:
+    """They forked from the new blocks, which the first computation of the prompt had never written."""
+    harness = Harness(block_size=1, num_blocks=10, max_num_seqs=3, max_num_tokens=4, prefix_cache=False, ahead=2)
+    old = harness.submit([1, 2], max_tokens=6)
+    harness.step()
+    harness.submit([3] * 6, n=2, temperature=1.0, max_tokens=3)
+    for _ in range(3):
+        harness.step()
+    assert harness.scheduler.stats().preemptions == 1
+    harness.cancel(old)
     harness.run()
     harness.verify()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,8 @@ from pageflight.core.errors import PageflightError
 from pageflight.core.events import TokenEvent, Usage
 
 _OPTIONAL = frozenset(name for names in wire.RETURN_OPTIONS.values() for name in names)
+_IDS = frozenset(("output_ids", "sequence_length"))
+_PER_TOKEN = _IDS | {"output_log_probs"}
 
 
 class Reply:
@@ -25,10 +26,15 @@ class Reply:
     Safe to use from several threads. `is_cancelled` may be asked at any time.
     """
 
-    def __init__(self, sender: triton.Sender, num_answers: int) -> None:
+    def __init__(self, sender: triton.Sender) -> None:
         self._sender = sender
-        self._num_open = num_answers
+        self._num_open = 1
         self._lock = threading.Lock()  # Triton's sender must not be asked anything after its final response
+
+    def expect(self, num_answers: int) -> None:
+        """How many answers there will be; before the first response."""
+        assert num_answers > 0
+        self._num_open = num_answers
 
     @property
     def is_over(self) -> bool:
@@ -36,7 +42,9 @@ class Reply:
 
     def send(self, response: triton.TritonResponse) -> None:
         """A response that is not its answer's last."""
-        self._sender.send(response, flags=triton.MORE)
+        with self._lock:
+            if self._num_open:
+                self._sender.send(response, flags=triton.MORE)
 
     def send_last(self, response: triton.TritonResponse) -> None:
         """The last response of one answer."""
@@ -72,18 +80,17 @@ class AnswerForm:
 
     outputs: frozenset[str]
     is_batched: bool
-    has_ids: bool
 
-    def wanted(self, options: Options, requested: Iterable[str]) -> frozenset[str]:
-        """The optional outputs to send: those of `return_…` options, and those the request names.
+    def wanted(self, options: Options, requested: frozenset[str]) -> frozenset[str]:
+        """The outputs to send beside the text: those of `return_…` options, and those the request names.
 
-        A request that names no outputs asks, as Triton passes it on, for all of them: that is no wish.
+        A request that names no outputs asks, as Triton passes it on, for all of them, or from within an ensemble for
+        all that the ensemble has a use for: that is no wish for the optional ones.
         """
         asked = {name for flag, names in wire.RETURN_OPTIONS.items() if options.get(flag, False) for name in names}
-        named = frozenset(requested)
-        if named != self.outputs:
-            asked |= named & _OPTIONAL
-        return frozenset(asked)
+        if requested not in (self.outputs, self.outputs - _IDS):
+            asked |= requested & _OPTIONAL
+        return frozenset(asked | (requested & self.outputs & _IDS))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -96,8 +103,9 @@ class Answer:
     num_sequences: int
     batch_index: int | None
     stream: bool
-    prefix: str
+    prefix: str = ""
     """Begins the text of an answer that is not streamed."""
+    prefix_ids: tuple[int, ...] = ()
     pad_id: int = 0
     _finals: dict[int, TokenEvent] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
@@ -112,9 +120,9 @@ class Answer:
             elif is_last:
                 self._send(self._collected(), True)
             return
-        if not event.text and not self.form.has_ids and "output_log_probs" not in self.wanted:
-            if event.sequence_index in self._started:
-                return  # part of a character or of a stop string; the first token is told even then
+        says_nothing = not event.text and self.wanted.isdisjoint(_PER_TOKEN)
+        if says_nothing and event.sequence_index in self._started:
+            return  # part of a character or of a stop string; the first token is told even then
         self._started.add(event.sequence_index)
         self.reply.send(triton.response(self._tensors([event])))
 
@@ -140,11 +148,11 @@ class Answer:
         shape = (1, len(events)) if self.form.is_batched else None
         texts = [self.prefix + event.text for event in events] if self.prefix else [event.text for event in events]
         tensors = [triton.strings("text_output", texts, shape=shape)]
-        if self.form.has_ids:
-            rows = _padded([event.ids for event in events], self.pad_id, np.int32)
-            tensors.append(self._tensor("output_ids", rows))
-            lengths = np.array([len(event.ids) for event in events], dtype=np.int32)
-            tensors.append(self._tensor("sequence_length", lengths))
+        ids = [self.prefix_ids + event.ids for event in events]
+        if "output_ids" in self.wanted:
+            tensors.append(self._tensor("output_ids", _padded(ids, self.pad_id, np.int32)))
+        if "sequence_length" in self.wanted:
+            tensors.append(self._tensor("sequence_length", np.array([len(row) for row in ids], dtype=np.int32)))
         if "output_log_probs" in self.wanted:
             rows = _padded([event.log_probs for event in events], 0.0, np.float32)
             tensors.append(self._tensor("output_log_probs", rows))

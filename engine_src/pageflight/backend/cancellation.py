@@ -24,17 +24,27 @@ class CancellationWatch:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._open: dict[Reply, Callable[[], None]] = {}
+        self._open: dict[Reply, tuple[str, Callable[[], None]]] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="cancellation", daemon=True)
         self._thread.start()
 
-    def add(self, reply: Reply, cancel: Callable[[], None]) -> None:
-        """`cancel` is called, on the watch's thread and once, if the request is cancelled before it is over."""
+    def add(self, reply: Reply, request_id: str, cancel: Callable[[], None]) -> None:
+        """`cancel` is called, on the watch's thread, if the request is cancelled before it is over."""
         with self._changed:
-            self._open[reply] = cancel
+            self._open[reply] = (request_id, cancel)
             if len(self._open) == 1:
                 self._changed.notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel the open requests with this id; whether there were any."""
+        with self._changed:
+            found = [
+                cancel for reply, (known, cancel) in self._open.items() if known == request_id and not reply.is_over
+            ]
+        for cancel in found:
+            cancel()
+        return bool(found)
 
     def close(self) -> None:
         with self._changed:
@@ -51,7 +61,7 @@ class CancellationWatch:
                 if self._closing:
                     return
                 watched = list(self._open.items())
-            for reply, cancel in watched:
+            for reply, (_, cancel) in watched:
                 try:
                     cancelled = reply.is_cancelled()
                     if cancelled:

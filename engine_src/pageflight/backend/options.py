@@ -77,12 +77,10 @@ class Options:
         if not _same(known, checked):
             raise InvalidArgument(spelling, checked, f"was also given as {known!r}")
 
-    def add_parameters(self, parameters: Mapping[str, Any], *, model_name: str) -> None:
+    def add_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Request parameters of the KServe protocol. Raises like `add`."""
         for name, value in parameters.items():
             if name in _ENVELOPE:
-                if name == "model" and value != model_name:
-                    raise InvalidArgument("model", value, f"this is {model_name!r}")
                 continue
             if name in _VLLM_NAMES or name in _VLLM_NEUTRAL or name in ("logit_bias", "logprobs"):
                 self._add_vllm_entry(name, value)

@@ -11,7 +11,7 @@ from pageflight.cli.console import console
 from pageflight.cli.errors import CommandError
 from pageflight.cli.flags import takes
 from pageflight.cli.generate import DEFAULT_URL, answering, print_answers
-from pageflight.cli.inspect_repository import find_engines
+from pageflight.cli.inspect_repository import engine_named
 from pageflight.cli.sampling_flags import SamplingFlags
 from pageflight.core.manifest import EngineManifest
 from pageflight.text.chat_template import ChatTemplate
@@ -38,7 +38,7 @@ def chat(
         pageflight chat repositories/mine --local --system "Answer in one sentence." --temperature 0.7
     """
     conversation = Conversation(engine_named(repository, name), system)
-    with answering(url, repository if local else None) as ask:
+    with answering(url, repository if local else None, name) as ask:
         while True:
             try:
                 said = console.input("[bold]you:[/] ").strip()
@@ -51,16 +51,6 @@ def chat(
                 continue
             prompt = conversation.ask(said)
             conversation.answered(print_answers(ask.stream(model, flags.request(prompt))).strip())
-
-
-def engine_named(repository: Path, name: str | None) -> Path:
-    """The engine directory of model `name`, or the only one. Raises CommandError naming the choices."""
-    engines = {EngineManifest.read(folder).name: folder for folder in find_engines(repository)}
-    if name is None and len(engines) == 1:
-        return next(iter(engines.values()))
-    if name not in engines:
-        raise CommandError(f"name={name!r}: {repository} holds {', '.join(sorted(engines))}; choose one with --name")
-    return engines[name]
 
 
 class Conversation:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -29,6 +29,7 @@ def generate(
     local: Annotated[
         Path | None, typer.Option(help="Run the engine of this repository right here, without a server.")
     ] = None,
+    name: Annotated[str | None, typer.Option(help="With --local: which model, where there are several.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every response as one line of JSON.")] = False,
 ) -> None:
     """Complete a prompt with a running server, or with a repository directly.
@@ -41,19 +42,25 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     request = flags.request(text)
-    with answering(url, local) as ask:
+    with answering(url, local, name) as ask:
         print_answers(ask.stream(model, request), as_json=as_json)
 
 
+class Answering(Protocol):
+    """Who answers: a server, or an engine in this process's care."""
+
+    def stream(self, model: str, request: Mapping[str, Any]) -> Iterator[Answer]: ...
+
+
 @contextmanager
-def answering(url: str, local: Path | None) -> Iterator[Server]:
-    """Who answers: the server at `url`, or an engine started here for as long as the block lasts."""
+def answering(url: str, local: Path | None, name: str | None = None) -> Iterator[Answering]:
+    """The server at `url`, or an engine of the repository `local` for as long as the block lasts."""
     if local is None:
         yield Server(url=url)
         return
     from pageflight.cli.local import local_engine
 
-    with local_engine(local) as engine:
+    with local_engine(local, name) as engine:
         yield engine
 
 

@@ -56,6 +56,16 @@ def find_engines(repository: Path) -> list[Path]:
     return found
 
 
+def engine_named(repository: Path, name: str | None) -> Path:
+    """The engine directory of model `name`, or the only one. Raises CommandError naming the choices."""
+    engines = {EngineManifest.read(folder).name: folder for folder in find_engines(repository)}
+    if name is None and len(engines) == 1:
+        return next(iter(engines.values()))
+    if name not in engines:
+        raise CommandError(f"name={name!r}: {repository} holds {', '.join(sorted(engines))}; choose one with --name")
+    return engines[name]
+
+
 def damaged(folder: Path, manifest: EngineManifest) -> list[str]:
     """One sentence for each file of the engine that is not what the manifest says."""
     problems = []

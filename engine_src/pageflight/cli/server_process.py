@@ -63,6 +63,7 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], ports: Ports, *, verbose: bool) -> None:
         self._ports = ports
         self._verbose = verbose
+        self._ready = False
         self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
         parent = os.getpid()
 
@@ -103,6 +104,7 @@ class ServerProcess:
                     tell(f"{match[1].removeprefix('successfully ')} {match[2]}")
                     break
             time.sleep(_POLL_S)
+        self._ready = True
 
     def wait(self) -> int:
         """Block until the server ends; its exit status."""
@@ -135,13 +137,15 @@ class ServerProcess:
 
     def _why_it_ended(self) -> str:
         """The models' own reasons from the log, without what merely follows from them; else the last lines."""
-        reasons = []
+        models: dict[str, list[str]] = {}
         for line in self._lines:
             match = _FAILED.search(line)
             if match and not any(word in match[2] for word in _CONSEQUENCES):
-                reasons.append(f"{match[1]}: {match[2].strip()}")
-        if reasons:
-            listed = "\n  ".join(dict.fromkeys(reasons))
-            return f"the server could not load the repository:\n  {listed}"
+                # Triton writes newlines as \\n; what follows the first is a traceback.
+                reason = match[2].split("\\n", 1)[0].strip(' "').removeprefix("Internal: ")
+                models.setdefault(reason, []).append(match[1])
+        if models:
+            listed = "\n  ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in models.items())
+            return f"the server could not load the repository:\n  {listed}\n  (--verbose shows the server's whole log)"
         tail = "\n  ".join(_PREFIX.sub("", line) for line in list(self._lines)[-8:])
         return f"tritonserver ended with status {self._process.returncode} before it was ready:\n  {tail}"

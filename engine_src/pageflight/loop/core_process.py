@@ -112,6 +112,13 @@ def _die_with(parent_pid: int) -> None:
         sys.exit(1)
 
 
+def silence_telemetry() -> None:
+    """Keep `import openvino` from telling Intel about it. No environment variable does; but where its telemetry package
+    cannot be imported, OpenVINO takes an empty one. To be called before the first import of `openvino`."""
+    modules: dict[str, object] = sys.modules  # type: ignore[assignment]
+    modules.setdefault("openvino_telemetry", None)
+
+
 def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
     """The runner, and the configuration with its limits and its cache's size resolved."""
     config = spec.config
@@ -119,8 +126,8 @@ def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
     if spec.fake is not None:
         runner = _fake_runner(spec.fake, config)
     elif spec.engine_dir:
+        silence_telemetry()
         # The runner brings the model's libraries with it; a fake core does without them.
-        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
         from pageflight.runners.factory import load_engine
 
         runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances).runner

@@ -131,7 +131,7 @@ def error_from_wire(name: str, message: str) -> PageflightError:
     error.args = (message,)
     if isinstance(error, InvalidArgument):
         option, _, rest = message.partition("=")
-        error.option, error.value, error.limit = option, None, rest
+        error.option, (error.value, _, error.limit) = option, rest.partition(": ")
     return error
 
 

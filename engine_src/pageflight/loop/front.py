@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from pageflight.core.errors import Draining, EngineLost, PageflightError
+from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.core.request import Request
 from pageflight.loop.address import CoreAddress, process_exists
@@ -275,20 +276,10 @@ class Front:
         finished: Finished | None,
         error: PageflightError | None = None,
     ) -> None:
-        with self._lock:
-            if self._open.pop(sequence.handle, None) is None:
-                return
-            group = self._groups[sequence.leader]
-            group.remove(sequence)
-            if not group:
-                del self._groups[sequence.leader]
-            if not self._open:
-                self._idle.notify_all()
-        event = sequence.final_event(text, sequence.ending or reason, finished, error)
-        try:
-            sequence.sink(event)
-        except Exception:
-            log.exception("the receiver of request %r failed at its end", sequence.generation.request_id)
+        """Deliver the final event, if it has not been yet."""
+        event = self._end(sequence, text, reason, finished, error)
+        if event is None:
+            return
         assert event.usage is not None and event.finish_reason is not None
         now_ns = time.monotonic_ns()
         scheduled_ns = sequence.scheduled_ns(finished) or sequence.first_token_ns or now_ns
@@ -299,6 +290,31 @@ class Front:
             event.usage.num_input_tokens,
             event.usage.num_output_tokens,
         )
+
+    def _end(
+        self,
+        sequence: OpenSequence,
+        text: str,
+        reason: str,
+        finished: Finished | None,
+        error: PageflightError | None,
+    ) -> TokenEvent | None:
+        with self._lock:
+            if self._open.pop(sequence.handle, None) is None:
+                return None
+            group = self._groups[sequence.leader]
+            group.remove(sequence)
+            if not group:
+                del self._groups[sequence.leader]
+        event = sequence.final_event(text, sequence.ending or reason, finished, error)
+        try:
+            sequence.sink(event)
+        except Exception:
+            log.exception("the receiver of request %r failed at its end", sequence.generation.request_id)
+        with self._lock:
+            if not self._open:
+                self._idle.notify_all()
+        return event
 
     def _let_go(self, handles: list[int]) -> None:
         """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""
@@ -315,8 +331,8 @@ class Front:
         self._observer.refused(message.error)
         count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):
-            if handle in self._open:
-                self._finish(self._open[handle], "", "error", None, error)
+            if handle in self._open:  # refused, so nothing that the histograms of finished requests should count
+                self._end(self._open[handle], "", "error", None, error)
 
     # ---- cores that come and go, response thread
 

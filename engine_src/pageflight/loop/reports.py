@@ -26,12 +26,15 @@ class Reporter:
         self._fd = fd
         if fd >= 0:
             os.set_inheritable(fd, False)  # workers of the core must not keep the pipe open when it dies
+            os.set_blocking(fd, False)  # nor may a supervisor that does not read stop the core
 
     def send(self, report: Report) -> None:
         if self._fd < 0:
             return
         try:
             os.write(self._fd, msgspec.json.encode(report) + b"\n")
+        except BlockingIOError:
+            return  # thousands of reports wait already
         except BrokenPipeError:
             self._fd = -1  # the supervisor is gone; the core is about to be killed with it
 

@@ -32,9 +32,11 @@ class SupervisorConfig:
     """A ready core that gives no sign of life for so long is killed and started again."""
     max_failed_starts: int = 4
     """So many starts in a row that never became ready, and the core is given up."""
-    backoff_s: float = 0.25
-    """Pause before the second start in a row; doubles with each further one, up to `max_backoff_s`."""
-    max_backoff_s: float = 5.0
+    backoff_s: float = 0.1
+    """A core that lived for long is started again at once; after a second short life in a row there is this pause, and
+    after each further one twice the last, up to `max_backoff_s`."""
+    max_backoff_s: float = 2.0
+    long_life_s: float = 10.0
 
 
 class Supervisor:
@@ -95,12 +97,14 @@ class Supervisor:
         self._address.remove()
 
     def _run(self) -> None:
-        failed_starts = 0
+        failed_starts = short_lives = 0
         while not self._closing.is_set():
+            born_s = time.monotonic()
             was_ready, failure = self._run_once()
             if self._closing.is_set():
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
+            short_lives = 0 if time.monotonic() - born_s >= self._config.long_life_s else short_lives + 1
             log.error("engine core ended: %s: %s", failure.error, failure.message)
             if failure.error in _PERMANENT or failed_starts >= self._config.max_failed_starts:
                 self._set(state="lost", error=failure.error, message=failure.message, core_pid=0)
@@ -113,8 +117,8 @@ class Supervisor:
                 message=failure.message,
                 core_pid=0,
             )
-            pause_s = self._config.backoff_s * 2 ** (failed_starts - 1) if failed_starts else 0.0
-            self._closing.wait(min(pause_s, self._config.max_backoff_s))
+            if short_lives > 1:
+                self._closing.wait(min(self._config.backoff_s * 2 ** (short_lives - 2), self._config.max_backoff_s))
 
     def _run_once(self) -> tuple[bool, Report]:
         """One life of a core: whether it became ready, and how it ended."""

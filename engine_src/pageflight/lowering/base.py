@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pageflight.models.config import DecoderConfig
+
 __all__ = ["CompiledModel", "Lowering", "Ops", "StepInputs"]
 
 
@@ -62,9 +64,19 @@ class Lowering(Protocol):
     """One target: knows its machine and loads engines built for it."""
 
     name: str
+    block_size: int
 
     def fingerprint(self, dtype: str) -> dict[str, str]:
-        """What an engine built here depends on (versions, CPU features or GPU)."""
+        """What an engine built here depends on (versions, CPU features or GPU).
+
+        Raises ConfigError for a `dtype` that cannot run here.
+        """
+
+    def default_kv_dtype(self, dtype: str) -> str:
+        """The kv dtype that a build of `dtype` takes unless told otherwise."""
+
+    def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
+        """Raises CheckpointError for a model, ConfigError for a precision that cannot be built here."""
 
     def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
         """Load an engine directory. Raises ManifestMismatch with the reason when it was built for something else."""

@@ -58,8 +58,9 @@ class OpenVinoLowering:
     def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
         """Raises CheckpointError or ConfigError for a model or precision that this lowering cannot run here."""
         self._check_dtype(dtype)
-        if kv_dtype not in _KV_PRECISION:
-            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported are {', '.join(_KV_PRECISION)}")
+        kv_dtypes = (self.default_kv_dtype(dtype), "u8")  # the attention kernel reads what it computes in, or u8
+        if kv_dtype not in kv_dtypes:
+            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported with dtype {dtype!r} here are {', '.join(kv_dtypes)}")
 
     def load(self, engine_dir: Path, *, num_threads: int) -> OpenVinoModel:
         """Compile an engine directory; `num_threads` 0 takes all cores the process may use.
@@ -79,10 +80,11 @@ class OpenVinoLowering:
     def _settings(self, manifest: EngineManifest, config: DecoderConfig, num_threads: int) -> dict[str, Any]:
         narrow = not self._exact and manifest.fingerprint.get("activations") == "bf16"
         rounded = manifest.dtype == "int8" and not self._exact
+        kv_dtype = "fp32" if manifest.kv_dtype == "bf16" and not narrow else manifest.kv_dtype
         return {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
-            "KV_CACHE_PRECISION": _KV_PRECISION[manifest.kv_dtype],
+            "KV_CACHE_PRECISION": _KV_PRECISION[kv_dtype],
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": dynamic_group(config, manifest.quant_group_size) if rounded else 0,
             "INFERENCE_NUM_THREADS": num_threads,
             "ENABLE_CPU_PINNING": False,  # instances side by side would be pinned to the same cores

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pageflight.core.errors import ConfigError
+from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.lowering.base import StepInputs
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
-from pageflight.lowering.torch_cache import BlockCache
+from pageflight.lowering.torch_cache import KV_DTYPES, BlockCache
 from pageflight.lowering.torch_ops import EagerOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
@@ -58,14 +58,36 @@ class TorchLowering:
     """The reference. int8 weights are widened to float32 at each use, activations are float32 then."""
 
     name = "torch"
+    block_size = 32
 
     def fingerprint(self, dtype: str) -> dict[str, str]:
+        """Versions an engine of `dtype` depends on."""
+        self._check_dtype(dtype)
         return {"torch": torch.__version__, "machine": platform.machine()}
 
+    def default_kv_dtype(self, dtype: str) -> str:
+        return "bf16" if dtype == "bf16" else "fp32"
+
+    def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
+        """Raises ConfigError for an unknown dtype; shapes are all welcome."""
+        self._check_dtype(dtype)
+        if kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported are {', '.join(KV_DTYPES)}")
+
+    def _check_dtype(self, dtype: str) -> None:
+        if dtype not in _COMPUTE:
+            raise ConfigError(f"dtype={dtype!r}: supported are {', '.join(_COMPUTE)}")
+
     def load(self, engine_dir: Path, *, num_threads: int) -> TorchModel:
+        """Open an engine directory. Raises ManifestMismatch naming what does not fit."""
         engine = open_engine(engine_dir, self.name)
         manifest = engine.manifest
-        compare_fingerprints(engine_dir, manifest.fingerprint, self.fingerprint(manifest.dtype))
+        try:
+            here = self.fingerprint(manifest.dtype)
+            self.check(engine.config, manifest.dtype, manifest.kv_dtype, manifest.quant_group_size)
+        except ConfigError as error:
+            raise ManifestMismatch(f"{engine_dir}: {error}") from None
+        compare_fingerprints(engine_dir, manifest.fingerprint, here)
         verification = Verification(engine)
         if num_threads:
             torch.set_num_threads(num_threads)

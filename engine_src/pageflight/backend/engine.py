@@ -1,0 +1,136 @@
+"""The engine model: token ids in, token ids and text out. Its stub process owns the engine core."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from pageflight.backend import triton
+from pageflight.backend.answer import Reply
+from pageflight.backend.front_model import DRAIN_S, FrontModel, core_address, read_settings
+from pageflight.backend.generations import TokenWishes
+from pageflight.backend.inputs import Row, word_list
+from pageflight.backend.settings import ModelSettings
+from pageflight.core import wire
+from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
+from pageflight.core.manifest import EngineManifest
+from pageflight.loop.core_process import CoreSpec, FakeEngine
+from pageflight.loop.local import make_supervisor
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 1800.0
+"""Loading a large engine from a slow disk takes its time; a core that hangs meanwhile is noticed by its supervisor."""
+
+
+class EngineModel(FrontModel):
+    """One instance: a supervised core and the front to it."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        address = core_address(settings, settings.name)
+        self._supervisor = make_supervisor(core_spec(settings), address)
+        self._supervisor.start()
+        try:
+            super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
+            self._supervisor.wait_ready(START_TIMEOUT_S)
+            self.front.wait_ready(START_TIMEOUT_S)
+        except BaseException:
+            self._supervisor.close(0.0)
+            raise
+
+    def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
+        array = row.arrays.get("input_ids")
+        if array is None:
+            raise InvalidArgument("input_ids", None, "is required")
+        length = row.number("input_lengths", array.size)
+        if not 1 <= length <= array.size:
+            raise InvalidArgument("input_lengths", length, f"must be 1 to {array.size}, the length of input_ids")
+        prompt_ids = tuple(array.ravel()[:length].tolist())
+        return prompt_ids, self._wishes(row), lambda: self.builder.tokenizer.decode(prompt_ids)
+
+    def serve(self, request: triton.TritonRequest) -> None:
+        if not self._stops(request):
+            super().serve(request)
+
+    def close(self) -> None:
+        super().close()
+        self._supervisor.close(DRAIN_S)
+
+    def _stops(self, request: triton.TritonRequest) -> bool:
+        """TensorRT-LLM's way to cancel: a request with `stop` set and the id of the open one."""
+        if not any(tensor.name() == "stop" and tensor.as_numpy().any() for tensor in request.inputs()):
+            return False
+        reply = Reply(request.get_response_sender())
+        number = request.request_id()
+        if self.watch.cancel(number):
+            reply.end_empty()
+        else:
+            reply.fail(InvalidArgument("stop", number, "no request with this id is open"))
+        return True
+
+    def _wishes(self, row: Row) -> TokenWishes:
+        stop, bad, bias = (row.arrays.get(name) for name in ("stop_words_list", "bad_words_list", "embedding_bias"))
+        logit_bias: tuple[tuple[int, float], ...] = ()
+        if bias is not None:
+            vocab_size = self.builder.manifest.vocab_size
+            flat = bias.ravel()
+            if flat.size != vocab_size or not np.isfinite(flat).all():
+                shown = f"{flat.size} numbers"
+                raise InvalidArgument("embedding_bias", shown, f"must be {vocab_size} finite numbers")
+            ids = np.flatnonzero(flat)
+            logit_bias = tuple(zip(ids.tolist(), flat[ids].tolist(), strict=True))
+        return TokenWishes(
+            stop_ids=word_list("stop_words_list", stop) if stop is not None else (),
+            bad_ids=word_list("bad_words_list", bad) if bad is not None else (),
+            logit_bias=logit_bias,
+        )
+
+
+def core_spec(settings: ModelSettings) -> CoreSpec:
+    """What the core of this instance runs. Raises ManifestMismatch and ConfigError."""
+    manifest = EngineManifest.read(settings.engine_dir)
+    fake = settings.parameters.get("fake_engine", "")
+    try:
+        fake_engine = msgspec.json.decode(fake, type=FakeEngine) if fake else None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"config.pbtxt of {settings.name}: fake_engine={fake!r}: {error}") from None
+    return CoreSpec(
+        config=EngineConfig(
+            kv=KVConfig(
+                block_size=manifest.block_size,
+                memory_bytes=settings.number("kv_memory", 0),
+                prefix_cache=settings.flag("prefix_cache"),
+            ),
+            scheduler=SchedulerConfig(
+                max_num_tokens=settings.number("max_num_tokens", 1),
+                max_num_seqs=settings.number("max_num_seqs", 1),
+                max_model_len=manifest.max_model_len,
+                max_queue_size=settings.number("max_queue_size", 1),
+            ),
+            num_threads=settings.number("num_threads", 0),
+        ),
+        engine_dir="" if fake_engine is not None else str(settings.engine_dir),
+        num_instances=settings.num_instances,
+        fake=fake_engine,
+    )
+
+
+class TritonPythonModel:
+    """Triton's interface to `EngineModel`; decoupled."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        try:
+            self._model = EngineModel(read_settings(args))
+        except PageflightError as error:
+            raise triton.start_error(error) from None
+
+    def execute(self, requests: Sequence[triton.TritonRequest]) -> None:
+        for request in requests:
+            self._model.serve(request)
+
+    def finalize(self) -> None:
+        self._model.close()

@@ -1,0 +1,159 @@
+"""What the Triton models share that hand requests to an engine core: start, requests in, answers out, end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pageflight.backend import triton
+from pageflight.backend.answer import Answer, AnswerForm, Reply
+from pageflight.backend.cancellation import CancellationWatch
+from pageflight.backend.generations import GenerationBuilder, TokenWishes
+from pageflight.backend.inputs import Row, parameters_of, rows_of
+from pageflight.backend.options import Options
+from pageflight.backend.settings import ModelSettings
+from pageflight.core import wire
+from pageflight.core.errors import PageflightError, Unsupported
+from pageflight.core.manifest import EngineManifest
+from pageflight.loop.address import CoreAddress, instance_address
+from pageflight.loop.front import Front
+from pageflight.loop.open_sequence import Generation
+from pageflight.obs.metrics import CoreMetrics, MetricsFlusher, RequestMetrics, ServingObserver
+from pageflight.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20.0
+"""Open requests may finish for so long when the model is unloaded. The server itself has waited for them before."""
+FIRST_READY_S = 60.0
+
+
+def read_settings(args: Mapping[str, str]) -> ModelSettings:
+    """The instance's settings; its log lines go to the server's log."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    return ModelSettings.read(args)
+
+
+def core_address(settings: ModelSettings, engine_model: str) -> CoreAddress:
+    """Where instance i of every model of a checkpoint meets core i."""
+    return instance_address(settings.repository, engine_model, settings.instance, server_pid=settings.server_pid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One row of a request, checked and ready to be submitted."""
+
+    generation: Generation
+    answer: Answer
+
+
+class FrontModel:
+    """One instance of a Triton model with a front. Subclasses say what their inputs mean (`prompt_of`)."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        address: CoreAddress,
+        *,
+        tensors: Sequence[wire.Tensor],
+        may_stream: bool = True,
+        publishes_core: bool = False,
+    ) -> None:
+        """Returns before the core is ready. Raises ManifestMismatch, CheckpointError, ConfigError."""
+        self.settings = settings
+        self._tensors, self._may_stream = tuple(tensors), may_stream
+        manifest = EngineManifest.read(settings.engine_dir)
+        self.builder = GenerationBuilder(
+            manifest,
+            Tokenizer.load(settings.engine_dir / "tokenizer"),
+            default_max_tokens=settings.number("default_max_tokens", 1),
+            exclude_input_in_output=settings.flag("exclude_input_in_output"),
+        )
+        self._form = AnswerForm(outputs=settings.outputs, is_batched=settings.is_batched)
+        exporter = triton.TritonExporter()
+        labels = {"model": settings.name, "version": settings.version}
+        requests = RequestMetrics(exporter, labels)
+        core = None
+        if publishes_core:
+            instance = {"instance": str(settings.instance)} if settings.num_instances > 1 else {}
+            core = CoreMetrics(exporter, {**labels, **instance})
+        self._flusher = MetricsFlusher((requests, core) if core is not None else (requests,))
+        self.front = Front(address, self.builder.tokenizer, ServingObserver(requests, core))
+        self.watch = CancellationWatch()
+        self._was_ready = False
+
+    def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
+        """The prompt's ids, wishes in token ids, and the prompt's text when it is needed."""
+        raise NotImplementedError
+
+    def serve(self, request: triton.TritonRequest) -> None:
+        """Answer one Triton request, now or later; never raises."""
+        reply = Reply(request.get_response_sender())
+        try:
+            self._serve(request, reply)
+        except PageflightError as error:
+            reply.fail(error)
+        except Exception:
+            log.exception("request %r failed in %s", request.request_id(), self.settings.name)
+            reply.fail(PageflightError(f"{self.settings.name} failed on this request; the server's log has the reason"))
+
+    def close(self) -> None:
+        """Let open requests finish, end the rest, publish the last metrics."""
+        self.front.close(DRAIN_S)
+        self.watch.close()
+        self._flusher.close()
+
+    def _serve(self, request: triton.TritonRequest, reply: Reply) -> None:
+        if not self._was_ready:
+            self.front.wait_ready(FIRST_READY_S)
+            self._was_ready = True
+        parameters = parameters_of(request)
+        rows = list(rows_of(request, is_batched=self.settings.is_batched))
+        requested = frozenset(request.requested_output_names())
+        reply.expect(len(rows))
+        jobs = [self._job(row, parameters, requested, request.request_id(), reply, len(rows)) for row in rows]
+        submitted: list[int] = []
+
+        def cancel() -> None:
+            for number in tuple(submitted):
+                self.front.cancel(number)
+
+        try:
+            for job in jobs:
+                submitted.append(self.front.submit(job.generation, job.answer.take))
+        except PageflightError:
+            cancel()
+            raise
+        self.watch.add(reply, request.request_id(), cancel)
+
+    def _job(
+        self,
+        row: Row,
+        parameters: Mapping[str, object],
+        requested: frozenset[str],
+        request_id: str,
+        reply: Reply,
+        num_rows: int,
+    ) -> Job:
+        options = Options()
+        row.add_options(options, self._tensors)
+        options.add_parameters(parameters)
+        if not self._may_stream and options.get("stream", False):
+            raise Unsupported("stream", True, f"{self.settings.name} answers with one response; another model streams")
+        prompt_ids, wishes, prompt_text = self.prompt_of(row)
+        generation = self.builder.build(prompt_ids, options, wishes, request_id=request_id)
+        excludes = options.get("exclude_input_in_output", self.builder.exclude_input_in_output)
+        has_prefix = not excludes and not generation.stream
+        answer = Answer(
+            reply=reply,
+            form=self._form,
+            wanted=self._form.wanted(options, requested),
+            num_sequences=generation.sampling.n,
+            batch_index=row.index if num_rows > 1 else None,
+            stream=generation.stream,
+            prefix=prompt_text() if has_prefix else "",
+            prefix_ids=prompt_ids if has_prefix else (),
+            pad_id=self.builder.pad_id(options),
+        )
+        return Job(generation=generation, answer=answer)

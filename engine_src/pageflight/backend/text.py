@@ -1,0 +1,47 @@
+"""The model named after the checkpoint: text in, text out, in one hop, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pageflight.backend import triton
+from pageflight.backend.front_model import FrontModel, core_address, read_settings
+from pageflight.backend.generations import TokenWishes
+from pageflight.backend.inputs import Row
+from pageflight.backend.options import as_text
+from pageflight.backend.settings import ModelSettings
+from pageflight.core import wire
+from pageflight.core.errors import PageflightError
+
+_INPUT = "text_input"
+
+
+class TextModel(FrontModel):
+    """Text in, text out, on the core that the engine model of the same instance number owns."""
+
+    def __init__(self, settings: ModelSettings, *, may_stream: bool) -> None:
+        address = core_address(settings, settings.text("engine_model"))
+        super().__init__(settings, address, tensors=wire.TEXT_INPUTS, may_stream=may_stream)
+
+    def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
+        text = as_text(_INPUT, row.text(_INPUT))
+        return self.builder.encode_prompt(_INPUT, text), TokenWishes(), lambda: text
+
+
+class TritonPythonModel:
+    """Triton's interface to `TextModel`; decoupled."""
+
+    _may_stream = True
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        try:
+            self._model = TextModel(read_settings(args), may_stream=self._may_stream)
+        except PageflightError as error:
+            raise triton.start_error(error) from None
+
+    def execute(self, requests: Sequence[triton.TritonRequest]) -> None:
+        for request in requests:
+            self._model.serve(request)
+
+    def finalize(self) -> None:
+        self._model.close()

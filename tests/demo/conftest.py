@@ -1,0 +1,6 @@
+"""Puts scripts/ on the path: its modules are run from there and are not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
