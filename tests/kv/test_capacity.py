@@ -69,7 +69,9 @@ def test_instances_share_the_memory() -> None:
         (KVConfig(block_size=0), GIB, ["block_size=0"]),
     ],
 )
-def test_what_cannot_work_is_refused_with_option_value_and_limit(kv: KVConfig, free_bytes: int, words: list[str]) -> None:
+def test_what_cannot_work_is_refused_with_option_value_and_limit(
+    kv: KVConfig, free_bytes: int, words: list[str]
+) -> None:
     """A cache smaller than one sequence made the first long request wait for ever."""
     with pytest.raises(ConfigError) as caught:
         resolve(free_bytes, kv=kv)

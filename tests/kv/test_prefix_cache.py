@@ -49,7 +49,7 @@ def test_growing_a_chain_in_pieces_gives_the_same_digests() -> None:
     ids = np.arange(16, dtype=np.int32)
     grown: list[bytes] = []
     for num_blocks in (1, 3, 4):
-        extend_chain(grown, chain_root("", ""), ids, num_blocks, SIZE)
+        extend_chain(grown, grown[-1] if grown else chain_root("", ""), ids, num_blocks, SIZE)
     assert grown == digests_of(ids.tolist())
 
 

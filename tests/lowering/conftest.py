@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from pageflight.core.manifest import EngineManifest, FileRecord
 from pageflight.lowering.base import CompiledModel, Lowering, StepInputs
 from pageflight.lowering.openvino_lowering import OpenVinoLowering
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.checkpoint import open_checkpoint
 from pageflight.quant.convert import convert
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BASE: dict[str, Any] = {

@@ -1,6 +1,7 @@
-"""Puts the repository's root on the path: `perf` is run from there and is not installed."""
+"""Puts the repository's root on the path (`perf` is run from there and is not installed), and this folder's helpers."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pageflight.core.plan import RowStart, StepPlan
 from pageflight.core.request import SamplingParams
+from pageflight.lowering.base import StepInputs
 from pageflight.runners.inputs import BatchRows
 
 
@@ -128,3 +131,32 @@ def test_inputs_of_a_step_stay_when_the_next_is_prepared() -> None:
     rows.prepare(second)
     for name, value in before.items():
         assert np.array_equal(getattr(inputs, name), value), name
+
+
+def test_successive_decode_steps_share_what_did_not_change_and_nothing_else() -> None:
+    """A layout kept too long sends a row to blocks that are no longer its own."""
+    rows = BatchRows(max_num_seqs=3, max_model_len=12, block_size=4)
+    begun = plan([], starts=(start(0, [1, 2, 3]), start(2, [5])), table=((0, 0, 8), (2, 0, 6), (1, 0, 7)))
+    rows.apply(begun)
+    running = np.array([0, 2], np.int32)
+    running.flags.writeable = False
+
+    def decode(positions: list[int], table: tuple[tuple[int, int, int], ...] = ()) -> StepInputs:
+        step = replace(plan([(0, positions[0], 1, True), (2, positions[1], 1, True)], table=table), rows=running)
+        if not table:
+            step = replace(step, table_rows=None, table_columns=None, table_blocks=None)
+        rows.apply(step)
+        inputs = rows.prepare(step)
+        rows.append(running, np.array([90, 91], np.int32))
+        return inputs
+
+    first, second = decode([2, 0]), decode([3, 1])
+    assert first.block_indices_N.tolist() == [8, 6] and second.ids_T.tolist() == [90, 91]
+    assert second.block_indices_N is first.block_indices_N and second.take_L is first.take_L
+    third = decode([4, 2], table=((0, 1, 3),))
+    assert third.block_indices_N.tolist() == [8, 3, 6] and third.block_begins.tolist() == [0, 2, 3]
+    fourth = decode([5, 3], table=((2, 0, 9),))
+    assert fourth.block_indices_N.tolist() == [8, 3, 9]
+    rows.tables_RB[2, 1] = 11  # a table that was long enough before
+    assert decode([6, 4]).block_indices_N.tolist() == [8, 3, 9, 11]
+    assert third.block_indices_N.tolist() == [8, 3, 6]

@@ -461,7 +461,7 @@ def test_decode_steps_share_their_unchanged_arrays_read_only() -> None:
 
 
 def test_a_step_budget_below_the_number_of_rows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_num_tokens=4.*max_num_seqs=8"):
+    with pytest.raises(ConfigError, match="max_num_tokens=4: must be at least max_num_seqs=8"):
         Scheduler(SchedulerConfig(max_num_tokens=4, max_num_seqs=8), KVConfig(num_blocks=4), vocab_size=5)
     with pytest.raises(ConfigError, match="num_blocks=0"):
         Scheduler(SchedulerConfig(), KVConfig(), vocab_size=5)

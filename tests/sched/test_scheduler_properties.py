@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -120,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request.output_ids:
             return
         expected = harness.expected(handle)
-        try:
+        with contextlib.suppress(QueueFull):
             harness.submit(
                 request.prompt_ids,
                 output_ids=tuple(expected[:num_kept]),
@@ -131,8 +133,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seed=request.sampling.seed,
                 stop_token_ids=request.sampling.stop_token_ids,
             )
-        except QueueFull:
-            pass
 
     @precondition(lambda self: self.harness is not None and self.harness.requests)
     @rule(data=st.data())
@@ -167,6 +167,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestSchedulerMachine = pytest.mark.timeout(120)(SchedulerMachine.TestCase)

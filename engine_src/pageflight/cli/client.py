@@ -91,7 +91,7 @@ def _http_stream(host: str, port: int, model: str, request: Mapping[str, Any]) -
 
 def _message(body: bytes, status: int) -> str:
     try:
-        return str(json.loads(body)["error"])
+        return str(json.loads(body.strip().removeprefix(b"data:"))["error"])
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {status}: {body[:200].decode(errors='replace')}"
 

@@ -1,19 +1,23 @@
-"""The command line as Markdown, from the commands themselves: `python -m pageflight.cli.reference > docs/cli.md`."""
+"""What the documentation says about commands, options and models, written from the code: scripts/docs calls it."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import typer.main
 
 from pageflight.cli.main import app
+from pageflight.core import wire
 
 
 def cli_reference() -> str:
     """The whole of docs/cli.md."""
     group: Any = typer.main.get_command(app)
-    parts = ["# Commands", "", "Written by `python -m pageflight.cli.reference`; a test keeps it in step.", ""]
+    parts = ["# Commands", "", "Written by `scripts/docs` from the commands themselves.", ""]
     parts += [*_text(group), "", *_options(group), ""]
     for name, command in group.commands.items():
         parts += [f"## pageflight {name}", "", *_usage(name, command), "", *_text(command), "", *_options(command), ""]
@@ -61,5 +65,42 @@ def _default(item: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def options_table() -> str:
+    """Every option of a request, as the models check it."""
+    rows = ["| option | type | limit | meaning |", "|---|---|---|---|"]
+    for option in wire.OPTIONS.values():
+        shape = "" if option.dims == wire.SCALAR else " list"
+        limit = f"not in this release: {option.unsupported}" if option.unsupported else option.limit
+        rows.append(
+            f"| `{option.name}` | {option.dtype}{shape} | {limit.removeprefix('must be ')} | {option.meaning} |"
+        )
+    return "\n".join(rows)
+
+
+def outputs_table() -> str:
+    """Every output of the text models."""
+    rows = ["| output | type | meaning |", "|---|---|---|"]
+    for tensor in wire.TEXT_OUTPUTS:
+        shape = f" [{', '.join(str(size) for size in tensor.dims)}]"
+        rows.append(f"| `{tensor.name}` | {tensor.dtype}{shape} | {tensor.meaning} |")
+    return "\n".join(rows)
+
+
+def with_tables(text: str) -> str:
+    """A document whose blocks between `<!-- NAME -->` and `<!-- /NAME -->` are written anew."""
+    for name, table in (("options", options_table), ("outputs", outputs_table)):
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        parts = block.split(text)  # groups come between: text, opening, closing, text …
+        text = "".join(f"{part}{table()}\n" if index % 3 == 1 else part for index, part in enumerate(parts))
+    return text
+
+
+def write(docs: Path) -> None:
+    """Bring the generated parts of the folder `docs` up to date."""
+    (docs / "cli.md").write_text(cli_reference(), encoding="utf-8")
+    clients = docs / "clients.md"
+    clients.write_text(with_tables(clients.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(cli_reference(), end="")
+    write(Path(sys.argv[1]))

@@ -117,11 +117,13 @@ class ServerProcess:
             self._process.send_signal(signal.SIGTERM)
         try:
             # The server bounds its own wait by --exit-timeout-secs; the rest is for unloading models.
-            return self._process.wait(timeout=timeout_s + 15)
+            status = self._process.wait(timeout=timeout_s + 15)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             tell("stopping at once")
             self.kill()
-            return self._process.wait()
+            status = self._process.wait()
+        self._reader.join(timeout=5)
+        return status
 
     def kill(self) -> None:
         """End the server and its stub processes without waiting."""
@@ -130,10 +132,12 @@ class ServerProcess:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.append(line.rstrip("\n"))
-            if self._verbose or (line[:1] in "EW" and _PREFIX.match(line)):
-                sys.stderr.write(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.append(line.rstrip("\n"))
+                # While the server starts, warnings about a missing GPU are noise; errors are told when it has failed.
+                if self._verbose or (self._ready and line.startswith("E") and _PREFIX.match(line)):
+                    sys.stderr.write(line)
 
     def _why_it_ended(self) -> str:
         """The models' own reasons from the log, without what merely follows from them; else the last lines."""

@@ -27,10 +27,12 @@ def chain_root(tenant: str, cache_salt: str) -> bytes:
 
 
 def extend_chain(
-    digests: list[bytes], root: bytes, token_ids: NDArray[np.int32], num_blocks: int, block_size: int
+    digests: list[bytes], parent: bytes, token_ids: NDArray[np.int32], num_blocks: int, block_size: int
 ) -> None:
-    """Grow `digests` to `num_blocks` entries, for the first full blocks of `token_ids` ([tokens] int32)."""
-    parent = digests[-1] if digests else root
+    """Grow `digests` to `num_blocks` entries, for the first full blocks of `token_ids` ([tokens] int32).
+
+    `parent` is the last of `digests`, or the chain's root while there is none.
+    """
     for index in range(len(digests), num_blocks):
         ids = token_ids[index * block_size : (index + 1) * block_size]
         assert len(ids) == block_size, "only full blocks have a digest"

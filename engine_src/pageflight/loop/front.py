@@ -12,12 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 
 from pageflight.core.errors import Draining, EngineLost, PageflightError
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
-from pageflight.core.request import Request
 from pageflight.loop.address import CoreAddress, process_exists
 from pageflight.loop.client import CoreClient, Disconnected
 from pageflight.loop.frames import (
@@ -37,7 +35,7 @@ from pageflight.loop.frames import (
     int64_of,
 )
 from pageflight.loop.observer import Observer
-from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource
+from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, replay_of, request_of
 from pageflight.loop.status import read_status
 from pageflight.sched.admission import AdmissionLimits
 
@@ -119,7 +117,7 @@ class Front:
         if self._admission is None:
             raise self._lost or EngineLost("the engine core is not ready yet")
         num_sequences = generation.sampling.n
-        self._admission.admit(_request(generation, handle=0))
+        self._admission.admit(request_of(generation, handle=0))
         with self._lock:
             leader = self._next_handle
             self._next_handle += num_sequences
@@ -128,7 +126,7 @@ class Front:
             for index in range(num_sequences)
         ]
         first = sequences[0]
-        request = _request(generation, handle=leader, arrival_s=first.arrival_s, deadline_s=first.deadline_s)
+        request = request_of(generation, handle=leader, arrival_s=first.arrival_s, deadline_s=first.deadline_s)
         with self._lock:
             if self._lost is not None:
                 raise self._lost
@@ -368,7 +366,7 @@ class Front:
             self._lost = None
             for sequence in self._open.values():
                 sequence.alone = True
-                self._client.send(Submit(hello.epoch, self._client.identity, _replay(sequence)))
+                self._client.send(Submit(hello.epoch, self._client.identity, replay_of(sequence)))
         self._settled.set()
         if is_restart:
             log.warning("another engine core took over: %d sequences continue", len(self._open))
@@ -402,31 +400,3 @@ class Front:
         for sequence in list(self._open.values()):
             self._finish(sequence, "", "error", None, error)
         self._settled.set()
-
-
-def _request(
-    generation: Generation, *, handle: int, arrival_s: float = 0.0, deadline_s: float | None = None
-) -> Request:
-    return Request(
-        handle=handle,
-        prompt_ids=generation.prompt_ids,
-        sampling=generation.sampling,
-        arrival_s=arrival_s,
-        deadline_s=deadline_s,
-        priority=generation.priority,
-        tenant=generation.tenant,
-        cache_salt=generation.cache_salt,
-    )
-
-
-def _replay(sequence: OpenSequence) -> Request:
-    """What a new core needs to carry on with one sequence, alone."""
-    request = _request(
-        sequence.generation, handle=sequence.handle, arrival_s=sequence.arrival_s, deadline_s=sequence.deadline_s
-    )
-    return replace(
-        request,
-        sampling=replace(request.sampling, n=1),
-        sequence_index=sequence.index,
-        output_ids=tuple(sequence.output_ids),
-    )

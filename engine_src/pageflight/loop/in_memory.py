@@ -37,6 +37,12 @@ class InMemoryMailbox:
             rejections, self._rejections = self._rejections, []
         return rejections
 
+    @property
+    def has_commands(self) -> bool:
+        """Whether the loop would find something now."""
+        with self._arrived:
+            return bool(self._commands)
+
     def receive(self, timeout_s: float | None) -> Many[Command]:
         with self._arrived:
             if not self._commands and timeout_s != 0:

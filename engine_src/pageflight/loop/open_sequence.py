@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pageflight.core.errors import Cancelled, DeadlineExceeded, EngineLost, PageflightError
 from pageflight.core.events import TokenEvent, Usage
 from pageflight.core.plan import Finished
-from pageflight.core.request import SamplingParams
+from pageflight.core.request import Request, SamplingParams
 from pageflight.text.stop import StopMatcher, StopSequences, StopStrings
 
 if TYPE_CHECKING:
@@ -256,3 +256,32 @@ def error_for(reason: str, finished: Finished | None) -> PageflightError | None:
     if reason == "error":
         return EngineLost(finished.message if finished is not None else "the engine core was lost")
     return None
+
+
+def request_of(
+    generation: Generation, *, handle: int, arrival_s: float = 0.0, deadline_s: float | None = None
+) -> Request:
+    """A generation as the scheduler takes it: without what concerns text."""
+    return Request(
+        handle=handle,
+        prompt_ids=generation.prompt_ids,
+        sampling=generation.sampling,
+        arrival_s=arrival_s,
+        deadline_s=deadline_s,
+        priority=generation.priority,
+        tenant=generation.tenant,
+        cache_salt=generation.cache_salt,
+    )
+
+
+def replay_of(sequence: OpenSequence) -> Request:
+    """What a new core needs to carry on with one sequence, alone."""
+    request = request_of(
+        sequence.generation, handle=sequence.handle, arrival_s=sequence.arrival_s, deadline_s=sequence.deadline_s
+    )
+    return replace(
+        request,
+        sampling=replace(request.sampling, n=1),
+        sequence_index=sequence.index,
+        output_ids=tuple(sequence.output_ids),
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
-from pageflight.core.errors import CheckpointError, ConfigError, ManifestMismatch
+from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
 from pageflight.lowering.openvino_model import OpenVinoModel
@@ -56,11 +56,9 @@ class OpenVinoLowering:
         return "bf16" if dtype != "fp32" and self._has_bf16() else "fp32"
 
     def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
-        """Raises CheckpointError or ConfigError for a model or precision that this lowering cannot run here."""
+        """Raises ConfigError for a precision that cannot run here; the plugin takes every shape of decoder."""
         self._check_dtype(dtype)
-        kv_dtypes = (self.default_kv_dtype(dtype), "u8")  # the attention kernel reads what it computes in, or u8
-        if kv_dtype not in kv_dtypes:
-            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported with dtype {dtype!r} here are {', '.join(kv_dtypes)}")
+        _check_kv_dtype(dtype, kv_dtype, self.default_kv_dtype(dtype))
 
     def load(self, engine_dir: Path, *, num_threads: int) -> OpenVinoModel:
         """Compile an engine directory; `num_threads` 0 takes all cores the process may use.
@@ -69,13 +67,15 @@ class OpenVinoLowering:
         """
         engine = open_engine(engine_dir, self.name)
         manifest = engine.manifest
-        self._check_manifest(engine_dir, manifest, engine.config)
+        self._check_manifest(engine_dir, manifest)
         verification = Verification(engine)
         ops = GraphOps(engine.config, engine.weights, manifest.max_model_len)
         model = ops.model(decoder(ops, engine.config))
         compiled = self._core.compile_model(model, "CPU", self._settings(manifest, engine.config, num_threads))
         verification.finish()
-        return OpenVinoModel(compiled, engine.config.num_layers, engine.config.vocab_size, ops.keep)
+        loaded = OpenVinoModel(compiled, engine.config.num_layers, engine.config.vocab_size, ops.keep)
+        assert loaded.block_size == BLOCK_SIZE, "the plugin of this version has blocks of another size"
+        return loaded
 
     def _settings(self, manifest: EngineManifest, config: DecoderConfig, num_threads: int) -> dict[str, Any]:
         narrow = not self._exact and manifest.fingerprint.get("activations") == "bf16"
@@ -90,11 +90,12 @@ class OpenVinoLowering:
             "ENABLE_CPU_PINNING": False,  # instances side by side would be pinned to the same cores
         }
 
-    def _check_manifest(self, folder: Path, manifest: EngineManifest, config: DecoderConfig) -> None:
+    def _check_manifest(self, folder: Path, manifest: EngineManifest) -> None:
         try:
             here = self.fingerprint(manifest.dtype)
-            self.check(config, manifest.dtype, manifest.kv_dtype, manifest.quant_group_size)
-        except (CheckpointError, ConfigError) as error:
+            activations = manifest.fingerprint.get("activations", "fp32")  # as built, whatever this CPU would choose
+            _check_kv_dtype(manifest.dtype, manifest.kv_dtype, activations)
+        except ConfigError as error:
             raise ManifestMismatch(f"{folder}: {error}") from None
         if here.get("activations") == "bf16" and manifest.fingerprint.get("activations") == "fp32":
             here["activations"] = "fp32"  # built where bf16 is missing: any CPU can run it as it was built
@@ -110,6 +111,11 @@ class OpenVinoLowering:
 
     def _has_bf16(self) -> bool:
         return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _check_kv_dtype(dtype: str, kv_dtype: str, activations: str) -> None:
+    if kv_dtype not in (activations, "u8"):  # the attention kernel reads what it computes in, or u8
+        raise ConfigError(f"kv_dtype={kv_dtype!r}: supported with dtype {dtype!r} here are {activations}, u8")
 
 
 def dynamic_group(config: DecoderConfig, weight_group: int) -> int:

@@ -82,6 +82,9 @@ class OpenVinoModel:
             blocks[targets] = blocks[sources]
 
     def close(self) -> None:
+        """Free everything: first what reads memory, then the memory. The model cannot be used afterwards."""
+        self._request = self._compiled = None
+        self._ports.clear()
         self._blocks.clear()
         self._step = ()
         self._keep.clear()

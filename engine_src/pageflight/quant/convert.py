@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pageflight.quant.weight import num_groups, quantise
 
 DTYPES = ("fp32", "bf16", "int8")
 _PIECE_ELEMENTS = 1 << 22
+_LARGEST_BF16 = 3.3895e38
 
 Progress = Callable[[int, int], None]
 """Called with (elements done, elements in all)."""
@@ -86,11 +87,11 @@ def _stored_dtype(spec: WeightSpec, dtype: str) -> str:
 
 def _pieces(
     checkpoint: Checkpoint, spec: WeightSpec, writer: SafetensorsWriter, stored: str, group_size: int
-) -> list[tuple[int, float]]:
-    """Fill one weight, a few rows at a time; (elements, relative error) of every piece."""
+) -> Iterator[tuple[int, float]]:
+    """Fill one weight, a few rows at a time; yields (elements, relative error) of every piece."""
     out = writer.array(spec.name)
     rows_at_once = max(1, _PIECE_ELEMENTS // max(1, int(np.prod(spec.shape[1:]))))
-    pieces, row = [], 0
+    row = 0
     for source in spec.sources:
         array, source_dtype = checkpoint.array(source.name), checkpoint.record(source.name).dtype
         for begin in range(0, len(array), rows_at_once):
@@ -109,10 +110,13 @@ def _pieces(
             elif stored == "BF16" and source_dtype == "BF16":
                 out[here] = array[begin : begin + rows_at_once]
             elif stored == "BF16":
+                if largest > _LARGEST_BF16:
+                    raise CheckpointError(
+                        f"{checkpoint.folder}: {source.name} holds {largest:.4g}, beyond bf16; build with dtype fp32"
+                    )
                 out[here] = bf16_bits(values)
                 error = largest / 256
             else:
                 out[here] = values
-            pieces.append((values.size, error / largest if largest else 0.0))
+            yield values.size, error / largest if largest else 0.0
     assert row == spec.shape[0], spec.name
-    return pieces

@@ -6,6 +6,8 @@ indices, L rows that sample. A decode step is array operations only: Python obje
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,8 +17,24 @@ from pageflight.lowering.base import StepInputs
 Int32Array = NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _DecodeLayout:
+    """What one decode step leaves for the next: it holds as long as the same rows run in the same blocks."""
+
+    rows_S: Int32Array
+    num_blocks_S: Int32Array
+    token_begins: Int32Array
+    block_indices_N: Int32Array
+    block_begins: Int32Array
+    take_L: NDArray[np.int64]
+
+
 class BatchRows:
-    """Tokens and block tables by row, kept up by `apply`, read by `prepare`, extended by `append`."""
+    """Tokens and block tables by row, kept up by `apply`, read by `prepare`, extended by `append`.
+
+    No array of a StepInputs is changed later, but successive decode steps may share some: a lowering may tell by
+    identity that such an input is as it was.
+    """
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self.block_size = block_size
@@ -24,6 +42,7 @@ class BatchRows:
         self.num_tokens_R = np.zeros(max_num_seqs, np.int32)
         self.tables_RB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._arange = np.arange(max(max_num_seqs + 1, 1024), dtype=np.int32)
+        self._layout: _DecodeLayout | None = None
 
     def apply(self, plan: StepPlan) -> None:
         """Rows that ended, rows that start, then block tables: the plan's differences, in its order."""
@@ -33,6 +52,7 @@ class BatchRows:
             self._start(start)
         if plan.table_rows is not None and plan.table_columns is not None and plan.table_blocks is not None:
             self.tables_RB[plan.table_rows, plan.table_columns] = plan.table_blocks
+            self._layout = None
 
     def _start(self, start: RowStart) -> None:
         num_tokens = start.token_ids.size
@@ -41,33 +61,60 @@ class BatchRows:
         self.num_tokens_R[start.row] = num_tokens
 
     def prepare(self, plan: StepPlan) -> StepInputs:
-        """The forward pass of `plan`, whose differences have been applied; every array is new."""
-        rows_S, past_lens_S, lengths_S = plan.rows, plan.starts_at, plan.lengths
-        ends_S = past_lens_S + lengths_S
-        num_tokens_S = self.num_tokens_R[rows_S]
+        """The forward pass of `plan`, whose differences have been applied."""
+        num_tokens_S = self.num_tokens_R[plan.rows]
+        ends_S = plan.starts_at + plan.lengths
         assert (ends_S <= num_tokens_S).all(), "a row runs tokens that it does not have"
         assert (ends_S == num_tokens_S)[plan.samples].all(), "a row samples before its last token"
-        token_begins = _begins(lengths_S)
-        num_packed = int(token_begins[-1])
-        if num_packed == rows_S.size:
-            token_rows_T, positions_T = rows_S, past_lens_S
-        else:
-            token_rows_T = np.repeat(rows_S, lengths_S)
-            positions_T = np.repeat(past_lens_S - token_begins[:-1], lengths_S) + self._counting(num_packed)
+        if plan.num_tokens == plan.rows.size and plan.samples.all():
+            return self._decode(plan)
+        token_begins = _begins(plan.lengths)
+        offsets_T = np.repeat(plan.starts_at - token_begins[:-1], plan.lengths)
+        positions_T = offsets_T + self._counting(int(token_begins[-1]))
         num_blocks_S = -(-ends_S // self.block_size)
         block_begins = _begins(num_blocks_S)
-        block_rows_N = np.repeat(rows_S, num_blocks_S)
-        columns_N = self._counting(int(block_begins[-1])) - np.repeat(block_begins[:-1], num_blocks_S)
         return StepInputs(
-            ids_T=self.tokens_RM[token_rows_T, positions_T].astype(np.int64),
+            ids_T=self.tokens_RM[np.repeat(plan.rows, plan.lengths), positions_T].astype(np.int64),
             positions_T=positions_T.astype(np.int64),
-            past_lens_S=past_lens_S.astype(np.int32),
+            past_lens_S=plan.starts_at.astype(np.int32),
             token_begins=token_begins,
-            block_indices_N=self.tables_RB[block_rows_N, columns_N],
+            block_indices_N=self._blocks(plan.rows, num_blocks_S, block_begins),
             block_begins=block_begins,
             max_context_len=int(ends_S.max()),
             take_L=(token_begins[1:] - 1)[plan.samples].astype(np.int64),
         )
+
+    def _decode(self, plan: StepPlan) -> StepInputs:
+        """One token for every row."""
+        rows_S, past_lens_S = plan.rows, plan.starts_at.astype(np.int32)
+        num_blocks_S = past_lens_S // self.block_size + 1
+        layout = self._layout
+        if layout is None or layout.rows_S is not rows_S or not np.array_equal(layout.num_blocks_S, num_blocks_S):
+            block_begins = _begins(num_blocks_S)
+            layout = _DecodeLayout(
+                rows_S,
+                num_blocks_S,
+                np.arange(rows_S.size + 1, dtype=np.int32),
+                self._blocks(rows_S, num_blocks_S, block_begins),
+                block_begins,
+                np.arange(rows_S.size),
+            )
+            self._layout = None if rows_S.flags.writeable else layout
+        return StepInputs(
+            ids_T=self.tokens_RM[rows_S, past_lens_S].astype(np.int64),
+            positions_T=past_lens_S.astype(np.int64),
+            past_lens_S=past_lens_S,
+            token_begins=layout.token_begins,
+            block_indices_N=layout.block_indices_N,
+            block_begins=layout.block_begins,
+            max_context_len=int(past_lens_S.max()) + 1,
+            take_L=layout.take_L,
+        )
+
+    def _blocks(self, rows_S: Int32Array, num_blocks_S: Int32Array, block_begins: Int32Array) -> Int32Array:
+        """The first `num_blocks_S` blocks of each row, one row after another: int32 [N]."""
+        columns_N = self._counting(int(block_begins[-1])) - np.repeat(block_begins[:-1], num_blocks_S)
+        return self.tables_RB[np.repeat(rows_S, num_blocks_S), columns_N]
 
     def append(self, rows_L: Int32Array, ids_L: Int32Array) -> None:
         """Sampled ids become their rows' next tokens."""

@@ -35,7 +35,9 @@ class Sampler:
 
     def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self._lines = np.arange(max_num_seqs)
         self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, nothing adjusted, no log probabilities
+        self._num_special = 0  # rows that are not plain
         self._greedy = np.ones(max_num_seqs, np.bool_)
         self._log_probs = np.zeros(max_num_seqs, np.bool_)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
@@ -47,6 +49,7 @@ class Sampler:
     def start(self, start: RowStart) -> None:
         """Take over a row; a resumed sequence brings its output in `token_ids`, so penalties and counts go on."""
         row, sampling = start.row, start.sampling
+        self.end(row)
         needed = RowAdjustments.needed(sampling)
         self._params[row] = sampling
         self._adjustments[row] = (
@@ -55,6 +58,7 @@ class Sampler:
         self._greedy[row] = np.float32(sampling.temperature) <= 0.0 or sampling.top_k == 1
         self._log_probs[row] = sampling.log_probs
         self._plain[row] = self._greedy[row] and not needed and not sampling.log_probs
+        self._num_special += not self._plain[row]
         self._seeds[row] = np.uint64(sampling.seed & 0xFFFF_FFFF_FFFF_FFFF)
         self._sequence_indices[row] = start.sequence_index
         self._num_prompt[row] = start.num_prompt
@@ -63,6 +67,7 @@ class Sampler:
         """Forget what a row held."""
         self._params[row] = SamplingParams()
         self._adjustments[row] = None
+        self._num_special -= not self._plain[row]
         self._greedy[row] = self._plain[row] = True
         self._log_probs[row] = False
 
@@ -77,12 +82,13 @@ class Sampler:
         """
         assert logits_LV.shape == (rows_L.size, self._vocab_size), "one line of logits for every row that samples"
         ids_L = logits_LV.argmax(axis=1)
-        peaks_L = logits_LV[np.arange(rows_L.size), ids_L]  # argmax finds a NaN wherever it is
+        peaks_L = logits_LV[self._lines[: rows_L.size], ids_L]  # argmax finds a NaN wherever it is
         if not np.isfinite(peaks_L).all():
             raise NonFiniteLogits(tuple(rows_L[~np.isfinite(peaks_L)].tolist()))
+        if not self._num_special:
+            return ids_L.astype(np.int32), None
         special = np.flatnonzero(~self._plain[rows_L])
-        if special.size:
-            self._choose(special, ids_L, peaks_L, logits_LV, rows_L, tokens_RM, num_tokens_R)
+        self._choose(special, ids_L, peaks_L, logits_LV, rows_L, tokens_RM, num_tokens_R)
         log_probs_L = self._log_probs_of(ids_L, peaks_L, logits_LV, rows_L)
         for index in special.tolist():
             adjustments = self._adjustments[rows_L[index]]

@@ -69,12 +69,14 @@ class KVSpace:
         self._extend_digests(sequence, tokens, num_full)
         for index in range(sequence.num_registered, num_full):
             self.cache.register(int(table[index]), sequence.digests[index])
-        sequence.num_registered = max(num_full, sequence.num_registered)
+        sequence.num_registered = num_full
 
     def _extend_digests(self, sequence: Sequence, tokens: NDArray[np.int32], num_full: int) -> None:
-        if len(sequence.digests) < num_full:
-            root = chain_root(sequence.request.tenant, sequence.request.cache_salt)
-            extend_chain(sequence.digests, root, tokens, num_full, self.block_size)
+        digests = sequence.digests
+        if len(digests) < num_full:
+            request = sequence.request
+            parent = digests[-1] if digests else chain_root(request.tenant, request.cache_salt)
+            extend_chain(digests, parent, tokens, num_full, self.block_size)
 
     def check(self, held: Iterable[int]) -> None:
         """Assert that the blocks named by their holders, once per reference, are exactly those that are not free."""

@@ -1,0 +1,33 @@
+# pageflight on NVIDIA's Triton image. Build:  docker build -t pageflight .
+#
+#   docker run --rm -p 8000-8002:8000-8002 --shm-size 1g pageflight                                the demo model
+#   docker run … -v "$PWD/repositories:/repositories" pageflight serve /repositories/mine          one of your own
+#
+# --build-arg EXTRA=gpu adds torch with CUDA.
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
+
+FROM ${TRITON_IMAGE} AS install
+ARG EXTRA=
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/pageflight
+COPY pyproject.toml README.md LICENSE ./
+COPY engine_src engine_src
+COPY build build
+COPY scripts scripts
+RUN scripts/install ${EXTRA}
+
+FROM ${TRITON_IMAGE}
+COPY --from=install /opt/pageflight /opt/pageflight
+RUN id -u pageflight >/dev/null 2>&1 || useradd --system --create-home --user-group pageflight \
+    && mkdir -p /repositories && chown pageflight:pageflight /repositories
+USER pageflight
+ENV PAGEFLIGHT_REPOSITORIES=/repositories \
+    PATH=/opt/pageflight/.venv/bin:${PATH}
+WORKDIR /home/pageflight
+VOLUME /repositories
+EXPOSE 8000 8001 8002
+HEALTHCHECK --interval=10s --timeout=3s --start-period=300s --retries=3 \
+    CMD curl -fsS http://localhost:8000/v2/health/ready || exit 1
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["pageflight"]
+CMD ["up"]

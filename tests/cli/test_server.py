@@ -1,0 +1,189 @@
+"""The client and the server process, against small fakes of Triton's HTTP side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pageflight.cli.client import Server
+from pageflight.cli.errors import ServerError, ServerStartError
+from pageflight.cli.generate import print_answers
+from pageflight.cli.server_flags import ServerFlags
+from pageflight.cli.server_process import Ports, ServerProcess
+from pageflight.cli.up import how_to_ask
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers generate_stream with two deltas; model `broken` fails half way, `refuses` at once."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model = self.path.split("/")[3]
+        if model == "refuses":
+            self.answer(400, b'data: {"error": "temperature=-1: must be at least 0"}\n\n')
+        elif model == "gone":
+            self.answer(503, b"<html>no JSON</html>")
+        else:
+            last = {"error": "the engine core died"} if model == "broken" else {"text_output": " ünd"}
+            events = [{"text_output": request["text_input"].upper()}, last]
+            self.answer(200, b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield Server(url=f"http://127.0.0.1:{httpd.server_address[1]}")
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_text_is_printed_as_it_comes(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Umlauts were printed as escapes."""
+    assert print_answers(server.stream("demo", {"text_input": "hello"})) == "HELLO ünd"
+    assert capsys.readouterr().out == "HELLO ünd\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("refuses", "temperature=-1"), ("broken", "engine core died"), ("gone", "status 503")],
+)
+def test_what_the_server_says_reaches_the_person(server: Server, model: str, message: str) -> None:
+    """The client said "Bad Request"; which option was bad stayed between it and the server."""
+    with pytest.raises(ServerError, match=message):
+        list(server.stream(model, {"text_input": "hello"}))
+
+
+def free_ports() -> Ports:
+    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+        for item in (a, b, c):
+            item.bind(("127.0.0.1", 0))
+        http, grpc, metrics = (item.getsockname()[1] for item in (a, b, c))
+    return Ports(host="127.0.0.1", http=http, grpc=grpc, metrics=metrics)
+
+
+def test_a_taken_port_is_told_by_its_option() -> None:
+    """Triton loaded for a minute and then said "failed to start HTTP service"."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerStartError, match=rf"--grpc-port={port}"):
+            Ports(host="127.0.0.1", http=free_ports().http, grpc=port, metrics=free_ports().metrics).check_free()
+    with pytest.raises(ServerStartError, match="must differ"):
+        Ports(host="127.0.0.1", http=port, grpc=port, metrics=port).check_free()
+
+
+FAKE = """
+import os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+mode, port, note = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if mode == "fails":
+    print("W1120 11:00:00.000000 7 pinned_memory_manager.cc:273] no GPU", flush=True)
+    print("E1120 11:00:01.000000 7 model_lifecycle.cc:642] \\"failed to load 'engine' version 1: Internal: "
+          "ManifestMismatch: built for another machine; build again\\\\n\\\\nAt:\\\\n  x.py(3)\\"", flush=True)
+    print("E1120 11:00:01.000000 7 repo.cc:1] \\"failed to load 'ensemble': depends on 'engine' which is not ready\\"")
+    sys.exit(1)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    def log_message(self, *a): pass
+server = HTTPServer(("127.0.0.1", port), Handler)
+def stop(number, frame):
+    open(note, "a").write(signal.Signals(number).name + " ")
+    if mode == "drains":
+        time.sleep(0.2)
+        open(note, "a").write("drained ")
+        os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    path = tmp_path / "fake_tritonserver.py"
+    path.write_text(FAKE)
+    return path
+
+
+def start(fake: Path, mode: str, ports: Ports, note: Path) -> ServerProcess:
+    command = [sys.executable, str(fake), mode, str(ports.http), str(note)]
+    return ServerProcess(command, dict(os.environ), ports, verbose=False)
+
+
+def test_a_failed_start_gives_the_reason_and_not_its_consequences(fake: Path, tmp_path: Path) -> None:
+    """Sixty lines of log, the reason in the middle, the last line blaming the ensemble."""
+    process = start(fake, "fails", free_ports(), tmp_path / "note")
+    with pytest.raises(ServerStartError) as error:
+        process.wait_ready(lambda text: None)
+    message = str(error.value)
+    assert "engine: ManifestMismatch: built for another machine; build again" in message
+    assert "ensemble" not in message and "At:" not in message and "pinned" not in message
+
+
+def test_the_server_is_drained_not_killed(fake: Path, tmp_path: Path) -> None:
+    """Ctrl-C cut every open stream in the middle of a word."""
+    note = tmp_path / "note"
+    process = start(fake, "drains", free_ports(), note)
+    process.wait_ready(lambda text: None)
+    told: list[str] = []
+    assert process.drain(5, told.append) == 0
+    assert note.read_text() == "SIGTERM drained " and "draining" in told[0]
+
+
+def test_a_server_that_does_not_end_is_ended(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hanging server kept its port until the machine was restarted."""
+    process = start(fake, "hangs", free_ports(), tmp_path / "note")
+    process.wait_ready(lambda text: None)
+    assert process.drain(-14.5, lambda text: None) == -signal.SIGKILL
+
+
+def test_the_server_does_not_outlive_its_starter(fake: Path, tmp_path: Path) -> None:
+    """kill -9 of the command left tritonserver running, with the port and the memory."""
+    ports, note = free_ports(), tmp_path / "note"
+    code = (
+        "import os, sys; from pathlib import Path; from pageflight.cli.server_process import Ports, ServerProcess;"
+        f"p = ServerProcess([sys.executable, {str(fake)!r}, 'drains', '{ports.http}', {str(note)!r}], dict(os.environ),"
+        f" Ports(host='127.0.0.1', http={ports.http}), verbose=False); p.wait_ready(lambda t: None);"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    for _ in range(200):
+        if note.is_file() and "drained" in note.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the server is still there")
+
+
+def test_the_printed_python_line_works(server: Server) -> None:
+    """The example of the first minute had a quote too many."""
+    port = server.address[1]
+    lines = how_to_ask(ServerFlags(host="127.0.0.1", http_port=port), "demo", "it's\n").splitlines()
+    commands = [line.strip() for line in lines if line.startswith("  ")]
+    assert [command.split()[0] for command in commands][:2] == ["curl", "python3"] and len(commands) == 3
+    shown = subprocess.run(["bash", "-c", commands[0]], capture_output=True, text=True, check=True).stdout
+    assert "IT'S" in shown
+    subprocess.run(["bash", "-nc", "\n".join(commands)], check=True)

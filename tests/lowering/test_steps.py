@@ -1,0 +1,72 @@
+"""How a compiled model behaves between start and wait."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from pageflight.core.errors import ConfigError
+
+
+def test_waiting_leaves_the_interpreter_to_other_threads(workshop, random_ids):
+    """A wait that keeps the interpreter lock stalls every other thread of the process for a whole step."""
+    driver = workshop.driver("quantisable", "openvino")
+    counted, stop = [0], threading.Event()
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+
+    model, wait, during = driver.model, driver.model.wait, []
+
+    def counting_wait():
+        before = counted[0]
+        logits = wait()
+        during.append(counted[0] - before)
+        return logits
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    model.wait = counting_wait
+    try:
+        driver.step({name: random_ids(500, i) for i, name in enumerate("abc")})
+    finally:
+        del model.wait
+        stop.set()
+        thread.join()
+    assert during[0] > 1000
+
+
+def test_copying_several_blocks_at_once_copies_each(workshop, random_ids, lowering):
+    """Copies of one step are independent of each other."""
+    driver = workshop.driver("gqa", lowering)
+    driver.step({"a": random_ids(40, 1), "b": random_ids(50, 2)})
+    for name in "ab":
+        driver.tables[name + "2"] = [driver.free.pop() for _ in driver.tables[name]]
+        driver.tokens[name + "2"], driver.past[name + "2"] = list(driver.tokens[name]), driver.past[name]
+    sources = np.array(driver.tables["a"] + driver.tables["b"], np.int32)
+    driver.model.copy_blocks(sources, np.array(driver.tables["a2"] + driver.tables["b2"], np.int32))
+    logits = driver.step({"a": [5], "a2": [5], "b": [6], "b2": [6]})
+    np.testing.assert_allclose(logits["a"], logits["a2"], atol=1e-5)
+    np.testing.assert_allclose(logits["b"], logits["b2"], atol=1e-5)
+    assert np.abs(logits["a"] - logits["b"]).max() > 0.1
+
+
+def test_a_block_counts_its_bytes(workshop, lowering):
+    """Capacity is computed from this number: K and V, all layers, scales included."""
+    model = workshop.driver("gqa", lowering).model
+    assert model.kv_bytes_per_block == 2 * 3 * 2 * 32 * 16 * 4
+    assert model.block_size == 32
+
+
+def test_more_blocks_than_memory_are_refused(workshop, lowering):
+    """The process died instead of naming the number."""
+    from pageflight.lowering import registry
+
+    target = registry.get(lowering)
+    model = target.load(workshop.engine("gqa", target, "fp32", "fp32"), num_threads=1)
+    with pytest.raises(ConfigError, match="blocks"):
+        model.allocate(1 << 40)
+    model.close()
