@@ -26,7 +26,6 @@ from pageflight.core.request import Request, SamplingParams
 from pageflight.models.config import DecoderConfig
 from pageflight.runners.factory import LoadedEngine, load_engine
 from pageflight.sched.scheduler import Scheduler
-
 from perf import ceiling, figures
 from perf.workload import DEFAULT_PLAN, WARM_UP_PLAN, WARM_UP_SEED, Workload
 
