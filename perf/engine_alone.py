@@ -147,7 +147,9 @@ def main() -> None:
         f"{weights.step_bytes(weight_type) / 1e6:.1f} MB of weights per step"
     )
     scheduler = Scheduler(
-        replace(config.scheduler, max_model_len=limits.max_model_len), engine.capacity.kv, vocab_size=limits.vocab_size
+        replace(config.scheduler, max_model_len=limits.max_model_len, token_tile=limits.token_tile),
+        engine.capacity.kv,
+        vocab_size=limits.vocab_size,
     )
     load = Load(engine, scheduler, ahead=options.ahead)
     for number, item in enumerate(WARM_UP_PLAN):

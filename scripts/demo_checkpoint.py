@@ -63,7 +63,7 @@ def measure_perplexity(folder: Path, texts: Iterable[str], *, window: int) -> Pe
     model = hub.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     nll, num_tokens, num_bytes = 0.0, 0, 0
     for text in texts:
-        ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        ids = torch.tensor([*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id])
         num_bytes += len(text.encode())
         for start in range(0, len(ids) - 1, window):
             piece = ids[start : start + window + 1]

@@ -19,8 +19,10 @@ import pytest
 from pageflight.cli.client import Server
 from pageflight.cli.errors import ServerError, ServerStartError
 from pageflight.cli.generate import print_answers
+from pageflight.cli.serve import running_server
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_process import Ports, ServerProcess
+from pageflight.cli.tritonserver import ServerCommand
 from pageflight.cli.up import how_to_ask
 
 
@@ -142,6 +144,24 @@ def test_a_failed_start_gives_the_reason_and_not_its_consequences(fake: Path, tm
     message = str(error.value)
     assert "engine: ManifestMismatch: built for another machine; build again" in message
     assert "ensemble" not in message and "At:" not in message and "pinned" not in message
+
+
+def test_a_crash_of_the_server_itself_is_tried_again(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Triton's Python backend aborts now and then while it starts; the same command works a second later."""
+    ports, note = free_ports(), tmp_path / "note"
+    script = tmp_path / "once.sh"
+    script.write_text(
+        f"[ -e {tmp_path}/tried ] || {{ touch {tmp_path}/tried; echo lock_exception; kill -ABRT $$; }}\n"
+        f"exec {sys.executable} {fake} drains {ports.http} {note}\n"
+    )
+    command = ServerCommand(arguments=("bash", str(script)), environment=dict(os.environ), added_environment={})
+    flags = ServerFlags(host=ports.host, http_port=ports.http, grpc_port=ports.grpc, metrics_port=ports.metrics)
+    with running_server(command, flags):
+        pass
+    assert "lock_exception" in capsys.readouterr().err
+    assert note.read_text() == "SIGTERM drained "
 
 
 def test_the_server_is_drained_not_killed(fake: Path, tmp_path: Path) -> None:

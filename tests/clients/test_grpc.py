@@ -21,7 +21,7 @@ def options(max_tokens: int = 12, **more: tuple[object, str]) -> list[triton.Inf
 def test_streamed_deltas_join_to_the_unary_answer(server: Server) -> None:
     """Deltas that were decoded one by one lost spaces between words and cut characters in two."""
     streamed = stream(server.grpc, server.name, [text_tensor(PROMPT), *options()])
-    assert len(streamed.results) > 3
+    assert len(streamed.results) > 1
     assert streamed.joined() == server.text(text_input=PROMPT, max_tokens=12)
 
 
@@ -34,7 +34,7 @@ def test_ensemble_streams_the_same_text(server: Server) -> None:
     inputs = [text_tensor(PROMPT, batched=True)]
     inputs += [tensor("max_tokens", [12], "INT32", batched=True), tensor("stream", [True], "BOOL", batched=True)]
     streamed = stream(server.grpc, "ensemble", inputs)
-    assert len(streamed.results) > 3
+    assert len(streamed.results) > 1
     assert streamed.joined() == server.text(text_input=PROMPT, max_tokens=12)
     assert streamed.num_final == 1
 
@@ -156,7 +156,7 @@ def test_cancelled_stream_frees_its_blocks(slow_server: Server) -> None:
     with open_stream(slow_server.grpc) as (client, answers):
         client.async_stream_infer(slow_server.name, [text_tensor(PROMPT), *options(480)])
         for _ in range(3):
-            result, error = answers.get(timeout=10)
+            _, error = answers.get(timeout=10)
             assert error is None
         assert wait_for(lambda: used_blocks(slow_server) > 0)
     assert wait_for(lambda: cancellations(slow_server) == before + 1, 5.0)

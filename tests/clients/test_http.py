@@ -35,7 +35,7 @@ def test_tritonclient_http_infers_on_the_unary_twin(server: Server) -> None:
 @pytest.mark.parametrize("model", ["tiny", "ensemble"])
 def test_generate_stream_sends_deltas(server: Server, model: str) -> None:
     answers = stream(server, model, text_input=PROMPT, max_tokens=9, stream=True, return_finish_reason=True)
-    assert len(answers) > 2
+    assert len(answers) > 1
     assert "".join(str(answer["text_output"]) for answer in answers) == server.text(text_input=PROMPT, max_tokens=9)
     assert [answer.get("finish_reason") for answer in answers].count("length") == 1
 
@@ -85,9 +85,10 @@ def test_stop_word_across_token_borders_ends_the_text_before_it(server: Server) 
 
 
 def test_bad_word_does_not_appear(server: Server) -> None:
-    full = server.text(text_input=PROMPT, max_tokens=8)
-    first = full[:1]
-    assert first not in server.text(text_input=PROMPT, max_tokens=8, bad_words=[first])[:1]
+    """Only the word as it begins a text was forbidden; after a space it is another token."""
+    wanted = {"embedding_bias_words": ["fox", " fox", "z"], "embedding_bias_weights": [1000.0, 1000.0, 500.0]}
+    assert "fox" in server.text(text_input=PROMPT, max_tokens=4, **wanted)
+    assert server.text(text_input=PROMPT, max_tokens=4, **wanted, bad_words=["fox"]) == "zzzz"
 
 
 def test_embedding_bias_forces_a_token(server: Server) -> None:

@@ -63,7 +63,7 @@ def test_aiperf_template_endpoint(server: Server) -> None:
     response = requests.post(server.url(server.name, "generate_stream"), json=body, stream=True, timeout=30)
     events = [json.loads(line[5:]) for line in response.iter_lines() if line.startswith(b"data:")]
     assert all("text_output" in event for event in events)
-    assert len(events) > 2
+    assert len(events) > 1
 
 
 def test_aiperf_kserve_v2(server: Server) -> None:

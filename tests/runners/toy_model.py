@@ -18,6 +18,7 @@ class ToyModel:
 
     def __init__(self, vocab_size: int = 97, block_size: int = 4) -> None:
         self.vocab_size, self.block_size = vocab_size, block_size
+        self.token_tile = 1
         self.blocks = np.zeros((0, block_size), np.int64)
         self.inputs: StepInputs | None = None
         self.closed = False

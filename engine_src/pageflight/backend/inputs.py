@@ -47,9 +47,9 @@ class Row:
             if wire.OPTIONS[tensor.option].dims != wire.SCALAR:
                 if self.pads_words and tensor.dtype == "STRING":
                     values = [value for value in values if value]
-                options.add(tensor.name, values)
+                options.add(tensor.name, values, name=tensor.option)
             elif len(values) == 1:
-                options.add(tensor.name, values[0])
+                options.add(tensor.name, values[0], name=tensor.option)
             else:
                 raise InvalidArgument(tensor.name, f"{len(values)} values", "must be one value")
 

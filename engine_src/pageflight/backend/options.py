@@ -33,11 +33,11 @@ _VLLM_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "detokenize": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (None,),
-    "truncate_prompt_tokens": (None,),
-    "best_of": (None, 1),
-    "logits_processors": (None,),
-    "guided_decoding": (None,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "best_of": (1, "1"),
+    "logits_processors": (),
+    "guided_decoding": (),
 }
 """vLLM's sampling parameters that are accepted only where they ask for nothing."""
 
@@ -56,12 +56,13 @@ class Options:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def add(self, spelling: str, value: Any, *, from_text: bool = False) -> None:
-        """Check one option and keep it. `from_text`: numbers and flags may be spelt as text.
+    def add(self, spelling: str, value: Any, *, name: str = "", from_text: bool = False) -> None:
+        """Check one option and keep it. `name` is its canonical name, where `spelling` is no alias of it; with
+        `from_text` numbers and flags may be spelt as text.
 
         Raises InvalidArgument or Unsupported, also when the option was given before with another value.
         """
-        name = wire.ALIASES.get(spelling, spelling)
+        name = name or wire.ALIASES.get(spelling, spelling)
         option = wire.OPTIONS.get(name)
         if option is None:
             raise InvalidArgument(spelling, value, "there is no such option")
@@ -100,6 +101,8 @@ class Options:
             self._add_vllm_entry(name, value)
 
     def _add_vllm_entry(self, name: str, value: Any) -> None:
+        if value is None:
+            return  # vLLM's own default
         if name in _VLLM_NEUTRAL:
             plain = {"true": True, "false": False}.get(str(value).lower(), value)
             if plain not in _VLLM_NEUTRAL[name]:
@@ -107,11 +110,11 @@ class Options:
         elif name == "logit_bias":
             self._add_logit_bias(value)
         elif name == "logprobs":
-            if value not in (None, False, 0, 1, "0", "1", True):
+            if value not in (False, 0, 1, "0", "1", True):
                 raise Unsupported(name, value, "only the chosen token's log probability is supported: 0 or 1")
-            if value not in (None, False):
+            if value is not False:
                 self.add("return_log_probs", True)
-        elif value is not None:
+        else:
             self.add(_VLLM_NAMES.get(name, name), value, from_text=True)
 
     def _add_logit_bias(self, value: Any) -> None:

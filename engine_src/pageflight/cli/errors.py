@@ -13,3 +13,7 @@ class ServerError(CommandError):
 
 class ServerStartError(CommandError):
     """tritonserver did not become ready; the message carries its reasons."""
+
+
+class ServerCrash(ServerStartError):
+    """tritonserver was ended by a signal while it started: its own fault, so that another try may well succeed."""

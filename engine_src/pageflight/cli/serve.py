@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -14,10 +14,12 @@ import typer
 
 from pageflight.cli import tritonserver
 from pageflight.cli.console import console, output
-from pageflight.cli.errors import CommandError
+from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_process import ServerProcess
+
+STARTS = 3
 
 
 @takes(ServerFlags, "flags")
@@ -58,17 +60,40 @@ def running_server(command: tritonserver.ServerCommand, flags: ServerFlags) -> I
     Raises ServerStartError with the reasons when it does not become ready.
     """
     flags.ports.check_free()
-    with terminated_like_interrupted():
+    with terminated_like_interrupted(), ExitStack() as stack:
+        try:
+            server = _started(command, flags, stack)
+            yield server
+        except KeyboardInterrupt:
+            stack.close()
+            raise typer.Exit(0) from None
+
+
+def _started(command: tritonserver.ServerCommand, flags: ServerFlags, stack: ExitStack) -> ServerProcess:
+    """A ready server that `stack` will drain. Raises ServerStartError when every try has failed."""
+    for attempt in range(1, STARTS + 1):
         server = ServerProcess(command.arguments, command.environment, flags.ports, verbose=flags.verbose)
         try:
             with console.status("Starting tritonserver …") as status:
-                server.wait_ready(lambda text: status.update(f"Starting tritonserver: {text}"))
-            yield server
-        except KeyboardInterrupt:
-            server.drain(flags.exit_timeout_secs, lambda text: console.print(text, highlight=False))
-            raise typer.Exit(0) from None
-        finally:
+                server.wait_ready(status.update)
+        except ServerCrash as crash:
             server.kill()
+            if attempt == STARTS:
+                raise
+            # The Python backend of Triton loses a race for its shared memory now and then, most on a busy machine.
+            console.print(f"{crash}\nStarting it again.", highlight=False, soft_wrap=True, markup=False)
+        except BaseException:
+            server.kill()
+            raise
+        else:
+            stack.callback(_drain, server, flags)
+            return server
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _drain(server: ServerProcess, flags: ServerFlags) -> None:
+    server.drain(flags.exit_timeout_secs, lambda text: console.print(text, highlight=False))
+    server.kill()
 
 
 def server_command(repository: Path, flags: ServerFlags, further: Sequence[str]) -> tritonserver.ServerCommand:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pageflight.cli.client import is_ready
-from pageflight.cli.errors import ServerStartError
+from pageflight.cli.errors import ServerCrash, ServerStartError
 
 _KEPT_LINES = 400
 _POLL_S = 0.05
@@ -93,15 +93,16 @@ class ServerProcess:
     def wait_ready(self, tell: Callable[[str], None]) -> None:
         """Block until all models are ready; `tell` gets a word of what is going on.
 
-        Raises ServerStartError with the reasons when the server ends first.
+        Raises ServerStartError with the reasons when the server ends first, ServerCrash when a signal ended it.
         """
         while not is_ready(self._ports.local_host, self._ports.http):
             if self._process.poll() is not None:
                 self._reader.join(timeout=5)
-                raise ServerStartError(self._why_it_ended())
+                kind = ServerCrash if self._process.returncode < 0 else ServerStartError
+                raise kind(self._why_it_ended())
             for line in reversed(self._lines):
                 if match := re.search(r"(loading|successfully loaded) '?([\w.-]+)'?", line):
-                    tell(f"{match[1].removeprefix('successfully ')} {match[2]}")
+                    tell(f"Starting tritonserver: {match[1].removeprefix('successfully ')} {match[2]}")
                     break
             time.sleep(_POLL_S)
         self._ready = True

@@ -22,16 +22,18 @@ class SchedulerConfig:
     """Limits of a step and of the queue.
 
     `max_num_tokens` is the token budget of a step (prompt chunks and decode tokens together); `max_num_seqs` bounds the
-    sequences that hold a row; `max_queue_size` the requests that wait for one.
+    sequences that hold a row; `max_queue_size` the requests that wait for one. `token_tile` is the engine's own: it
+    computes the tokens of a step in tiles of so many, and one hardly used costs almost as much as a full one.
     """
 
     max_num_tokens: int = 512
     max_num_seqs: int = 256
     max_model_len: int = 2048
     max_queue_size: int = 10_000
+    token_tile: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_tokens", "max_num_seqs", "max_model_len", "max_queue_size"):
+        for name in ("max_num_tokens", "max_num_seqs", "max_model_len", "max_queue_size", "token_tile"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 

@@ -9,7 +9,7 @@ from pageflight.core.errors import PageflightError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Counts and times of a finished sequence. Times are nanoseconds of the Unix epoch; 0 where it did not get so far."""
+    """Counts and times of a finished sequence. Times are nanoseconds of the Unix epoch; 0 where it never got there."""
 
     num_input_tokens: int
     num_output_tokens: int

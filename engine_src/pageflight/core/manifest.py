@@ -65,7 +65,9 @@ class EngineManifest:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ManifestMismatch(f"no engine in {folder}: {MANIFEST_NAME} is missing; run `pageflight build`") from None
+            raise ManifestMismatch(
+                f"no engine in {folder}: {MANIFEST_NAME} is missing; run `pageflight build`"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ManifestMismatch(f"{path} is not valid JSON ({error}); build the engine again") from None
         version = data.get("format_version") if isinstance(data, dict) else None

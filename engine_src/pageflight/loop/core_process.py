@@ -143,7 +143,9 @@ def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
 
 def _serve(runner: Runner, config: EngineConfig, address: CoreAddress, reporter: Reporter) -> None:
     limits = runner.limits
-    scheduler = Scheduler(config.scheduler, config.kv, vocab_size=limits.vocab_size)
+    scheduler = Scheduler(
+        replace(config.scheduler, token_tile=limits.token_tile), config.kv, vocab_size=limits.vocab_size
+    )
     mailbox = ZmqMailbox(
         address,
         CoreLimits(

@@ -44,6 +44,7 @@ class CompiledModel(Protocol):
     block_size: int
     vocab_size: int
     kv_bytes_per_block: int  # K and V of all layers
+    token_tile: int  # tokens that its matrix products compute at a time; 1 where it makes no difference
 
     def allocate(self, num_blocks: int) -> None:
         """Create the K/V blocks (once). Block ids are 0 … num_blocks - 1."""

@@ -24,7 +24,7 @@ class TorchModel:
     """Runs steps eagerly; `wait` computes, for torch has nothing to start on a CPU."""
 
     def __init__(self, config: DecoderConfig, ops: EagerOps, kv_dtype: str, block_size: int) -> None:
-        self.block_size, self.vocab_size = block_size, config.vocab_size
+        self.block_size, self.vocab_size, self.token_tile = block_size, config.vocab_size, 1
         self.kv_bytes_per_block = BlockCache.bytes_per_block(config, kv_dtype, block_size)
         self._config, self._ops, self._kv_dtype = config, ops, kv_dtype
         self._inputs: StepInputs | None = None

@@ -17,6 +17,7 @@ class RunnerLimits:
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
+    token_tile: int = 1
 
 
 class Runner(Protocol):

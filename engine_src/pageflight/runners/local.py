@@ -36,6 +36,7 @@ class LocalRunner:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
+            token_tile=model.token_tile,
         )
         self._model = model
         self._rows = BatchRows(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=model.block_size)

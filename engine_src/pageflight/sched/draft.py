@@ -14,13 +14,36 @@ from pageflight.sched.sequence import Sequence
 
 @dataclass(slots=True)
 class Chunks:
-    """Prompt chunks of the plan being made, column by column."""
+    """Prompt chunks of the plan being made, by rank, column by column."""
 
-    rows: list[int] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
     completed: list[Sequence] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, length: int) -> None:
+        """`length` further tokens of a prefilling sequence."""
+        self.sequences.append(sequence)
+        self.starts.append(sequence.num_computed)
+        self.lengths.append(length)
+
+    def trim(self, num_decoding: int, tile: int) -> None:
+        """Leave for the next step what would only just begin another tile of `tile` tokens.
+
+        An engine pays for a whole tile however little of it is used. Up to half a tile is cheaper in the next step,
+        beside the rows that decode; the first chunk always keeps a token, so every step that has one gets on.
+        """
+        total = num_decoding + sum(self.lengths)
+        excess = total % tile
+        if total < tile or excess > tile // 2:
+            return
+        while excess and len(self.lengths) > 1 and self.lengths[-1] <= excess:
+            excess -= self.lengths.pop()
+            self.sequences.pop()
+            self.starts.pop()
+        if excess < self.lengths[-1]:
+            self.lengths[-1] -= excess
 
 
 @dataclass(slots=True, eq=False)

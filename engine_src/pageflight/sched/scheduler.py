@@ -179,8 +179,11 @@ class Scheduler:
                 break
             budget -= self._add_chunk(chunks, sequence, budget)
         self._admit(chunks, budget, now_s)
-        if not len(decode_rows) and not chunks.rows:
+        if not len(decode_rows) and not chunks.lengths:
             return None
+        if chunks.lengths:
+            chunks.trim(len(decode_rows), self.config.token_tile)
+            self._commit(chunks)
         return self._make_plan(decode_rows, chunks)
 
     def _room_for_decoding(self) -> NDArray[np.int32]:
@@ -213,23 +216,25 @@ class Scheduler:
         return self._decode_rows
 
     def _add_chunk(self, chunks: Chunks, sequence: Sequence, budget: int) -> int:
-        """Plan the next chunk of a prefilling sequence; returns its length."""
-        row, start = sequence.row, sequence.num_computed
-        known = int(self.rows.num_known[row])
-        length = min(budget, known - start)
-        sequence.num_computed = start + length
-        is_last = sequence.num_computed == known
-        chunks.rows.append(row)
-        chunks.starts.append(start)
-        chunks.lengths.append(length)
-        chunks.samples.append(is_last)
-        if is_last:
-            chunks.completed.append(sequence)
-            self._prefilling.remove(sequence)
-            self._start_decoding(sequence)
-            self.rows.num_known[row] = known + 1
-            self.rows.decoding[row] = known + 1 < sequence.max_len
+        """Propose the next chunk of a prefilling sequence; returns its length."""
+        length = min(budget, int(self.rows.num_known[sequence.row]) - sequence.num_computed)
+        chunks.add(sequence, length)
         return length
+
+    def _commit(self, chunks: Chunks) -> None:
+        """The chunks are as they will run: move their sequences on."""
+        for sequence, length in zip(chunks.sequences, chunks.lengths, strict=True):
+            row = sequence.row
+            known = int(self.rows.num_known[row])
+            sequence.num_computed += length
+            is_last = sequence.num_computed == known
+            chunks.samples.append(is_last)
+            if is_last:
+                chunks.completed.append(sequence)
+                self._prefilling.remove(sequence)
+                self._start_decoding(sequence)
+                self.rows.num_known[row] = known + 1
+                self.rows.decoding[row] = known + 1 < sequence.max_len
 
     def _start_decoding(self, sequence: Sequence) -> None:
         sequence.state = State.DECODE
@@ -282,8 +287,8 @@ class Scheduler:
             state.decoding[decode_rows[exhausted]] = False
             self._decode_rows = None
         rows, starts, lengths, samples = decode_rows, known - 1, self._ones[:num_decoding], self._trues[:num_decoding]
-        if chunks.rows:
-            rows = np.concatenate((rows, np.array(chunks.rows, np.int32)))
+        if chunks.lengths:
+            rows = np.concatenate((rows, np.array([sequence.row for sequence in chunks.sequences], np.int32)))
             starts = np.concatenate((starts, np.array(chunks.starts, np.int32)))
             lengths = np.concatenate((lengths, np.array(chunks.lengths, np.int32)))
             samples = np.concatenate((samples, np.array(chunks.samples, np.bool_)))
@@ -292,7 +297,7 @@ class Scheduler:
         self.space.pool.release(draft.copy_sources())
         self._step += 1
         self._counters.planned(num_context_tokens=sum(chunks.lengths), num_generation_rows=num_decoding)
-        all_sample = len(chunks.completed) == len(chunks.rows)
+        all_sample = len(chunks.completed) == len(chunks.lengths)
         self._flights.append(Flight(plan, state.num_releases, state.epochs[rows], all_sample, chunks.completed))
         return plan
 
