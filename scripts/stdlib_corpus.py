@@ -77,7 +77,11 @@ def train_tokenizer(
     `special_tokens` get the ids 0, 1, 2 …; with `add_bos` the first of them is put before every encoded text.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A line break is a token of its own: a prompt that ends with one reads like the text that the model was trained on,
+    # where otherwise break and indentation would have been one token.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

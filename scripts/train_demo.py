@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import demo_checkpoint
+import demo_files
 from demo_model import DemoLlama
 from stdlib_corpus import (
     ASSISTANT,
@@ -69,14 +69,24 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How it is trained. Most steps see short windows, which are cheap; the last ones see the full context."""
+class Phase:
+    """A stretch of training with windows of one length."""
 
-    num_steps: int = 1000
-    long_share: float = 0.15  # of the steps, with windows of `long_window` tokens
-    short_window: int = 256
-    long_window: int = 1024
-    tokens_per_step: int = 4096
+    share: float  # of all steps
+    window: int  # tokens
+    num_windows: int  # in every step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How it is trained. Small batches of short windows teach most for their cost; the last see the full context."""
+
+    num_steps: int = 1700
+    phases: tuple[Phase, ...] = (
+        Phase(share=0.65, window=128, num_windows=16),
+        Phase(share=0.29, window=256, num_windows=16),
+        Phase(share=0.06, window=1024, num_windows=4),
+    )
     matrix_lr: float = 6e-3  # Muon, scaled to AdamW's step size
     other_lr: float = 4e-3  # AdamW: embeddings and norms
     final_lr_share: float = 0.02
@@ -85,9 +95,20 @@ class Recipe:
     definition_chance: float = 0.3  # a document begins at a top-level definition
     seed: int = 20
 
-    def window(self, step: int) -> int:
-        """Tokens in each window of a step."""
-        return self.long_window if step >= self.num_steps * (1 - self.long_share) else self.short_window
+    def phase(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        end = 0.0
+        for phase in self.phases:
+            end += phase.share * self.num_steps
+            if step < round(end):
+                return phase
+        return self.phases[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Seen in all steps together."""
+        phases = [self.phase(step) for step in range(self.num_steps)]
+        return sum(phase.window * phase.num_windows for phase in phases)
 
     def lr_share(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_lr_share`."""
@@ -112,18 +133,17 @@ def epoch_tokens(files: list[SourceFile], tokenizer: Tokenizer, recipe: Recipe, 
 
 
 def batches(files: list[SourceFile], tokenizer: Tokenizer, recipe: Recipe) -> Iterator[tuple[int, Windows]]:
-    """(step, windows [B, T + 1]); a new pass over the corpus begins when the last is used up or the window grows."""
+    """(step, windows [B, T + 1]); a new pass over the corpus begins when the last is used up or a phase ends."""
     step, epoch = 0, 0
     while step < recipe.num_steps:
-        window = recipe.window(step)
+        phase = recipe.phase(step)
         stream = epoch_tokens(files, tokenizer, recipe, epoch)
-        count = (len(stream) - 1) // window
-        starts = np.random.default_rng(recipe.seed * 1000 + epoch).permutation(count) * window
-        per_step = recipe.tokens_per_step // window
-        for first in range(0, count - per_step + 1, per_step):
-            if step == recipe.num_steps or recipe.window(step) != window:
+        count = (len(stream) - 1) // phase.window
+        starts = np.random.default_rng(recipe.seed * 1000 + epoch).permutation(count) * phase.window
+        for first in range(0, count - phase.num_windows + 1, phase.num_windows):
+            if step == recipe.num_steps or recipe.phase(step) != phase:
                 break
-            index = starts[first : first + per_step, None] + np.arange(window + 1)
+            index = starts[first : first + phase.num_windows, None] + np.arange(phase.window + 1)
             yield step, stream[index]
             step += 1
         epoch += 1
@@ -190,7 +210,8 @@ def main(
             intermediate_size=128,
             max_position_embeddings=128,
         )
-        recipe = Recipe(num_steps=steps, seed=seed, short_window=64, long_window=128, tokens_per_step=1024)
+        phases = (Phase(share=0.5, window=64, num_windows=16), Phase(share=0.5, window=128, num_windows=8))
+        recipe = Recipe(num_steps=steps, seed=seed, phases=phases)
     started_s = time.process_time()
 
     corpus = read_stdlib()
@@ -228,15 +249,15 @@ def main(
         train(model, files, tokenizer, recipe, report)
     processor_s = time.process_time() - started_s
     with console.status("writing the checkpoint and measuring its perplexity"):
-        perplexity = demo_checkpoint.write(
+        perplexity = demo_files.write(
             output,
             model=model,
             config=shape.as_config(),
             tokenizer=tokenizer,
             held_out=held_out,
-            training=demo_checkpoint.Training(
+            training=demo_files.Training(
                 num_steps=recipe.num_steps,
-                num_tokens=recipe.num_steps * recipe.tokens_per_step,
+                num_tokens=recipe.num_tokens,
                 num_files=len(files),
                 num_bytes=sum(len(file.text.encode()) for file in files),
                 processor_minutes=processor_s / 60,

@@ -6,6 +6,7 @@ substitution; settings that a person may change by hand are `parameters` of the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,9 @@ from pageflight.core.errors import ConfigError
 
 MAX_BATCH_SIZE = 64
 """Rows of one request to the batched models. Requests are never merged: the scheduler batches by itself."""
+
+TEMPLATE_NAME = "model"
+"""The text model's name in the repository's own `model_repository/`, which shows what a build writes."""
 
 _KINDS = ("preprocessing", "engine", "postprocessing", "text", "unary", "ensemble")
 
@@ -236,3 +240,7 @@ def _add_tensors(
         config.output.add(
             name=tensor.name, data_type=model_config_pb2.DataType.Value(f"TYPE_{tensor.dtype}"), dims=tensor.dims
         )
+
+
+if __name__ == "__main__":
+    write_repository(Path(sys.argv[1]), Deployment(name=TEMPLATE_NAME))

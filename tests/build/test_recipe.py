@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from pageflight.core.errors import CheckpointError, ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering import registry
@@ -21,7 +23,6 @@ from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.progress import StageReport
 from pageflight_build.recipe import build
 from pageflight_build.reference import reference_logits
-from safetensors.numpy import load_file, save_file
 
 from .conftest import CONFIG, write_checkpoint
 
@@ -268,7 +269,9 @@ def test_the_reference_is_the_model_of_transformers(checkpoint: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_served_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_a_checkpoint_that_cannot_be_served_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     """It was found out when the first request gave nonsense."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", **changes)
     with pytest.raises(CheckpointError, match=message):

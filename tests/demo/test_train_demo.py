@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo_checkpoint import Perplexity, measure_perplexity, read_sample
+from demo_files import Perplexity, measure_perplexity, read_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "build" / "demo_checkpoint"

@@ -41,7 +41,7 @@ def perf_analyzer() -> Path:
     done = subprocess.run([PERF_ANALYZER, "--version"], capture_output=True, text=True, timeout=200, check=False)
     if done.returncode and "could not" in done.stderr:
         pytest.skip(f"perf_analyzer is not installed and cannot be downloaded: {done.stderr.strip()[-300:]}")
-    assert done.returncode == 0 and "Perf Analyzer" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Perf Analyzer" in done.stdout + done.stderr, done.stderr
     return PERF_ANALYZER
 
 

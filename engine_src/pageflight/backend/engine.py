@@ -36,8 +36,6 @@ class EngineModel(FrontModel):
         self._supervisor.start()
         try:
             super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
-            self._supervisor.wait_ready(START_TIMEOUT_S)
-            self.front.wait_ready(START_TIMEOUT_S)
         except BaseException:
             self._supervisor.close(0.0)
             raise
@@ -55,6 +53,16 @@ class EngineModel(FrontModel):
     def serve(self, request: triton.TritonRequest) -> None:
         if not self._stops(request):
             super().serve(request)
+
+    def start(self) -> None:
+        """Wait for the core. Raises the typed error that keeps it from starting."""
+        try:
+            self._supervisor.wait_ready(START_TIMEOUT_S)
+            self.front.wait_ready(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+        super().start()
 
     def close(self) -> None:
         super().close()
@@ -125,8 +133,9 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         try:
             self._model = EngineModel(read_settings(args))
+            self._model.start()
         except PageflightError as error:
-            raise triton.start_error(error) from None
+            raise triton.start_error(args["model_name"], error) from None
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> None:
         for request in requests:

@@ -71,7 +71,7 @@ class FrontModel:
             exclude_input_in_output=settings.flag("exclude_input_in_output"),
         )
         self._form = AnswerForm(outputs=settings.outputs, is_batched=settings.is_batched)
-        exporter = triton.TritonExporter()
+        self._exporter = exporter = triton.TritonExporter()
         labels = {"model": settings.name, "version": settings.version}
         requests = RequestMetrics(exporter, labels)
         core = None
@@ -98,11 +98,16 @@ class FrontModel:
             log.exception("request %r failed in %s", request.request_id(), self.settings.name)
             reply.fail(PageflightError(f"{self.settings.name} failed on this request; the server's log has the reason"))
 
+    def start(self) -> None:
+        """The instance is ready; its metrics may be published."""
+        self._flusher.start()
+
     def close(self) -> None:
         """Let open requests finish, end the rest, publish the last metrics."""
         self.front.close(DRAIN_S)
         self.watch.close()
         self._flusher.close()
+        self._exporter.close()
 
     def _serve(self, request: triton.TritonRequest, reply: Reply) -> None:
         if not self._was_ready:

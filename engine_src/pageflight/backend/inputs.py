@@ -90,7 +90,7 @@ def word_list(option: str, array: NDArray[Any]) -> tuple[tuple[int, ...], ...]:
     ids, ends = array[0].tolist(), [end for end in array[1].tolist() if end >= 0]
     if len(ends) > wire.MAX_WORDS:
         raise InvalidArgument(option, f"{len(ends)} entries", f"at most {wire.MAX_WORDS} entries")
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     words = []
     for start, end in zip(starts, ends, strict=True):
         if not start <= end <= len(ids):

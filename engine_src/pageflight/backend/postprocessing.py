@@ -22,11 +22,11 @@ class TritonPythonModel:
     """Triton's interface; stateless."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        settings = read_settings(args)
         try:
+            settings = read_settings(args)
             self._tokenizer = Tokenizer.load(settings.engine_dir / "tokenizer")
         except PageflightError as error:
-            raise triton.start_error(error) from None
+            raise triton.start_error(args["model_name"], error) from None
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:
         return answer_each(requests, self._answer)

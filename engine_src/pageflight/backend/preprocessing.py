@@ -24,12 +24,12 @@ class TritonPythonModel:
     """Triton's interface; stateless, several instances."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        settings = read_settings(args)
         try:
+            settings = read_settings(args)
             manifest = EngineManifest.read(settings.engine_dir)
             tokenizer = Tokenizer.load(settings.engine_dir / "tokenizer")
         except PageflightError as error:
-            raise triton.start_error(error) from None
+            raise triton.start_error(args["model_name"], error) from None
         self._builder = GenerationBuilder(manifest, tokenizer, default_max_tokens=1, exclude_input_in_output=True)
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:

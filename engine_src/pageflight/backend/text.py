@@ -36,8 +36,9 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         try:
             self._model = TextModel(read_settings(args), may_stream=self._may_stream)
+            self._model.start()
         except PageflightError as error:
-            raise triton.start_error(error) from None
+            raise triton.start_error(args["model_name"], error) from None
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> None:
         for request in requests:

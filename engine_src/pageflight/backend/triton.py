@@ -8,7 +8,8 @@ the model, so nothing of it is touched at import.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from pageflight.core.errors import PageflightError, status_of
 from pageflight.obs.exporter import Kind, Metric
+
+log = logging.getLogger(__name__)
 
 FINAL: int = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 MORE = 0
@@ -72,30 +75,75 @@ def error_response(error: PageflightError) -> TritonResponse:
     return pb.InferenceResponse([], pb.TritonError(str(error), code))
 
 
-def start_error(error: PageflightError) -> Exception:
-    """What `initialize` raises so that the server's log shows the reason and no traceback."""
+def start_error(model: str, error: PageflightError) -> Exception:
+    """What `initialize` raises so that the server shows the reason and no traceback.
+
+    The reason goes to the log here as well: several models failing at once have brought the server down before it
+    could tell.
+    """
+    log.error("failed to load '%s': %s: %s", model, type(error).__name__, error)
     failure: Exception = pb.TritonModelException(f"{type(error).__name__}: {error}")
     return failure
 
 
 class TritonExporter:
-    """`obs.exporter.Exporter` on Triton's `/metrics`. Families and series live as long as this object."""
+    """`obs.exporter.Exporter` on Triton's `/metrics`.
+
+    `close` must be called from `finalize`: a series that lives longer is deleted when the exchange with the server is
+    gone already, which ends the stub with a segmentation fault.
+    """
 
     def __init__(self) -> None:
         self._families: dict[str, Any] = {}
-        self._metrics: dict[tuple[str, tuple[tuple[str, str], ...]], Metric] = {}
+        self._series: dict[tuple[str, tuple[tuple[str, str], ...]], _Series] = {}
 
     def metric(
         self, kind: Kind, name: str, description: str, labels: Mapping[str, str], buckets: Sequence[float] = ()
     ) -> Metric:
-        if name not in self._families:
-            self._families[name] = pb.MetricFamily(
-                name=name, description=description, kind=getattr(pb.MetricFamily, kind.upper())
-            )
         key = (name, tuple(sorted(labels.items())))
-        if key not in self._metrics:
-            family = self._families[name]
+        if key not in self._series:
             extra = {"buckets": list(buckets)} if buckets else {}
-            made: Metric = family.Metric(labels=dict(labels), **extra)
-            self._metrics[key] = made
-        return self._metrics[key]
+
+            def make() -> Any:
+                if name not in self._families:
+                    triton_kind = getattr(pb.MetricFamily, kind.upper())
+                    self._families[name] = pb.MetricFamily(name=name, description=description, kind=triton_kind)
+                return self._families[name].Metric(labels=dict(labels), **extra)
+
+            self._series[key] = _Series(make)
+        return self._series[key]
+
+    def close(self) -> None:
+        """Delete every series, then the families. Nothing may be published any more."""
+        for series in self._series.values():
+            series.close()
+        self._series.clear()
+        self._families.clear()
+
+
+class _Series:
+    """A `Metric` that is made when it is first needed."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make: Callable[[], Any] | None = make
+        self._metric: Any = None
+
+    def publish(self) -> None:
+        if self._metric is None:
+            assert self._make is not None, "published after the end"
+            self._metric = self._make()
+
+    def increment(self, value: float) -> None:
+        self.publish()
+        self._metric.increment(value)
+
+    def set(self, value: float) -> None:
+        self.publish()
+        self._metric.set(value)
+
+    def observe(self, value: float) -> None:
+        self.publish()
+        self._metric.observe(value)
+
+    def close(self) -> None:
+        self._metric = self._make = None

@@ -15,7 +15,6 @@ def takes(group: type[Any], parameter: str) -> Callable[[Callable[..., Result]],
 
     def decorate(command: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(group, include_extras=True)
-        own_hints = get_type_hints(command, include_extras=True)
         keyword_only = inspect.Parameter.KEYWORD_ONLY
         options = [
             inspect.Parameter(
@@ -27,8 +26,8 @@ def takes(group: type[Any], parameter: str) -> Callable[[Callable[..., Result]],
             for field in fields(group)
         ]
         own = [
-            item.replace(annotation=own_hints[item.name], kind=keyword_only)
-            for item in inspect.signature(command).parameters.values()
+            item.replace(kind=keyword_only)
+            for item in inspect.signature(command, eval_str=True).parameters.values()
             if item.name != parameter
         ]
 

@@ -36,7 +36,7 @@ def generate(
 
     Examples:
 
-        pageflight generate "def fibonacci(n):" --max-tokens 60
+        pageflight generate "def read_file(path):" --max-tokens 60
         pageflight generate - --url grpc://gpu1:8001 --temperature 0.8 --seed 7 < prompt.txt
         pageflight generate "Once upon a time" --local repositories/demo -p return_finish_reason=true --json
     """

@@ -27,7 +27,7 @@ from pageflight.cli.serve import running_server, server_command, urls
 from pageflight.cli.server_flags import ServerFlags
 
 DEMO_NAME = "demo"
-DEMO_PROMPT = "def fibonacci(n):\n"
+DEMO_PROMPT = "def read_file(path):\n    with open(path"
 OWN_PROMPT = "Once upon a time"
 
 
@@ -119,7 +119,7 @@ class _Clock:
 def how_to_ask(flags: ServerFlags, name: str, prompt: str) -> str:
     """The three ways to call the server, ready to be copied."""
     url = f"http://{flags.ports.local_host}:{flags.http_port}"
-    prompt = prompt.strip()
+    prompt = prompt.strip().partition("\n")[0]
     body = json.dumps({"text_input": prompt, "max_tokens": 32, "stream": True})
     python = (
         "import json, urllib.request as u; "

@@ -9,7 +9,12 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 
 class Metric(Protocol):
-    """One time series. Counters take `increment`, gauges `set`, histograms `observe`, and nothing else."""
+    """One time series. Counters take `increment`, gauges `set`, histograms `observe`, and nothing else.
+
+    It comes into being with `publish` or with the first value, so that making metrics costs no exchange.
+    """
+
+    def publish(self) -> None: ...
 
     def increment(self, value: float) -> None: ...
 

@@ -19,6 +19,8 @@ from pageflight.obs.series import Counter, Gauge, RequestHistogram, TokenHistogr
 log = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 0.5
+START_DELAY_S = 1.5
+"""Nothing is published before: exchanges with a server that is still loading this model have brought it down."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = (10.0, 50.0, 100.0, 500.0, 1000.0)
 
@@ -217,17 +219,30 @@ class ServingObserver:
 class MetricsFlusher:
     """A thread that publishes what was counted, a few times a second and once more at the end."""
 
-    def __init__(self, sources: tuple[Flushed, ...], interval_s: float = FLUSH_INTERVAL_S) -> None:
-        self._sources, self._interval_s = sources, interval_s
+    def __init__(
+        self,
+        sources: tuple[Flushed, ...],
+        *,
+        interval_s: float = FLUSH_INTERVAL_S,
+        start_delay_s: float = START_DELAY_S,
+    ) -> None:
+        self._sources, self._interval_s, self._start_delay_s = sources, interval_s, start_delay_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin to publish; when the model is ready."""
         self._thread.start()
 
     def close(self) -> None:
+        """Publish what is left, if publishing had begun, and end."""
         self._closing.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
+        if self._closing.wait(self._start_delay_s):
+            return
         closing = False
         while not closing:
             closing = self._closing.wait(self._interval_s)

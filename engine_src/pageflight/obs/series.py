@@ -16,11 +16,13 @@ class Counter:
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
         self.total = 0.0
-        self._flushed = 0.0
-        metric.increment(0.0)  # it shows as 0 before anything has happened
+        self._flushed: float | None = None
 
     def flush(self) -> None:
         total = self.total
+        if self._flushed is None:
+            self._metric.publish()  # it shows as 0 before anything has happened
+            self._flushed = 0.0
         if total != self._flushed:
             self._metric.increment(total - self._flushed)
             self._flushed = total
@@ -46,16 +48,20 @@ class Gauge:
 class RequestHistogram:
     """A real histogram, for what happens once per request: one exchange per value, when it is flushed."""
 
-    __slots__ = ("_metric", "_values")
+    __slots__ = ("_is_published", "_metric", "_values")
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
+        self._is_published = False
         self._values: list[float] = []
 
     def observe(self, value: float) -> None:
         self._values.append(value)
 
     def flush(self) -> None:
+        if not self._is_published:
+            self._metric.publish()
+            self._is_published = True
         values, self._values = self._values, []
         for value in values:
             self._metric.observe(value)

@@ -1,0 +1,5 @@
+"""Loaded by Triton's Python backend; the model itself is part of the installed package."""
+
+from pageflight.backend.engine import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
