@@ -16,7 +16,6 @@ from pageflight_build.checkpoint_files import TextFacts, read_text_facts
 from pageflight_build.machine import cpu_flags, default_dtype
 from pageflight_build.options import EngineOptions
 
-INT8_GROUP = 64
 _READ_BYTES = 1 << 22
 
 
@@ -37,7 +36,7 @@ def read_source(folder: Path) -> Source:
 
 
 def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> EngineOptions:
-    """Every open choice made: dtype for this CPU, cache dtype for that, groups that divide the model's sizes.
+    """Every open choice made: dtype for this CPU, cache dtype for that, the model's own length.
 
     Raises ConfigError when `max_model_len` is beyond what the model was made for, ConfigError or CheckpointError for
     what the target cannot run here.
@@ -45,24 +44,17 @@ def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> Eng
     lowering = registry.get(options.engine)
     dtype = options.dtype or default_dtype(cpu_flags())
     kv_dtype = options.kv_dtype or lowering.default_kv_dtype(dtype)
-    group_size = options.group_size
-    if dtype != "int8":
-        if group_size > 0:
-            raise ConfigError(f"group_size={group_size}: only dtype int8 has groups, dtype is {dtype}")
-        group_size = 0
-    elif group_size == -1:
-        inputs = (config.hidden_size, config.q_size, config.intermediate_size)
-        group_size = 0 if any(size % INT8_GROUP for size in inputs) else INT8_GROUP
+    if options.group_size and dtype != "int8":
+        raise ConfigError(f"group_size={options.group_size}: only dtype int8 has groups, dtype is {dtype}")
     if options.max_model_len > config.max_positions:
         raise ConfigError(
             f"max_model_len={options.max_model_len}: the model was made for {config.max_positions} positions"
         )
-    lowering.check(config, dtype, kv_dtype, group_size)
+    lowering.check(config, dtype, kv_dtype, options.group_size)
     return replace(
         options,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        group_size=group_size,
         max_model_len=options.max_model_len or config.max_positions,
     )
 

@@ -15,7 +15,8 @@ from pageflight_build.checkpoint_files import copy_text_files, read_text_facts
 from pageflight_build.engine import resolve_engine_options
 from pageflight_build.inputs import engine_inputs
 from pageflight_build.machine import cpu_flags, default_dtype
-from pageflight_build.options import EngineOptions
+from pageflight_build.options import BuildOptions, EngineOptions
+from pageflight_build.recipe import build
 from pageflight_build.source import default_name, resolve_checkpoint
 
 from .conftest import write_checkpoint
@@ -133,12 +134,21 @@ def config_of(folder: Path, **changes: int) -> DecoderConfig:
     return read_config(write_checkpoint(folder, **changes))
 
 
-def test_int8_groups_divide_the_model(tmp_path: Path) -> None:
-    """A hidden size of 96 has no groups of 64; the build failed instead of taking channels."""
-    chosen = resolve_engine_options(EngineOptions(dtype="int8"), config_of(tmp_path / "a"))
-    assert chosen.group_size == 64
-    odd = config_of(tmp_path / "b", hidden_size=96)
-    assert resolve_engine_options(EngineOptions(dtype="int8"), odd).group_size == 0
+def test_groups_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    """--group-size 64 was dropped in silence where dtype turned out to be bf16."""
+    config = config_of(tmp_path / "a")
+    with pytest.raises(ConfigError, match="group_size=48"):
+        build(
+            BuildOptions(
+                checkpoint=tmp_path / "a",
+                repository=tmp_path / "repo",
+                name="x",
+                engine=EngineOptions(dtype="int8", group_size=48),
+            )
+        )
+    options = EngineOptions(group_size=32)
+    with pytest.raises(ConfigError, match="group_size=32: only dtype int8"):
+        resolve_engine_options(options, config)
 
 
 def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:

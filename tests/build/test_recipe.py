@@ -54,15 +54,20 @@ class Recorded:
         assert summary
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "u8")])
-def test_a_built_engine_loads_and_says_what_it_is(checkpoint: Path, tmp_path: Path, dtype: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "group_size"),
+    [("fp32", "fp32", 0), ("bf16", "bf16", 0), ("int8", "u8", 0), ("int8", "bf16", 32)],
+)
+def test_a_built_engine_loads_and_says_what_it_is(
+    checkpoint: Path, tmp_path: Path, dtype: str, kv_dtype: str, group_size: int
+) -> None:
     """The manifest once named the block size of the options, not the one the loaded engine has."""
-    engine = EngineOptions(dtype=dtype, kv_dtype=kv_dtype, max_model_len=128)
+    engine = EngineOptions(dtype=dtype, kv_dtype=kv_dtype, group_size=group_size, max_model_len=128)
     result = build(options(checkpoint, tmp_path / "repo", engine=engine))
     manifest = EngineManifest.read(result.engine_dir)
     assert result.engine_dir == tmp_path / "repo" / "engine" / "1" / "artifacts"
     assert (manifest.dtype, manifest.kv_dtype, manifest.max_model_len) == (dtype, kv_dtype, 128)
-    assert manifest.quant_group_size == (64 if dtype == "int8" else 0)
+    assert manifest.quant_group_size == group_size
     assert manifest.eos_token_ids == (1,)
     assert {"model.safetensors", "tokenizer/tokenizer.json"} <= {record.path for record in manifest.files}
     model = registry.get(manifest.lowering).load(result.engine_dir, num_threads=1)

@@ -45,8 +45,7 @@ class BuildFlags:
     group_size: Annotated[
         int,
         typer.Option(
-            help="int8: inputs per scale; 0 is one scale per output channel, -1 is 64 where it divides the model's"
-            " sizes, else 0.",
+            help="int8: inputs per scale. 0 is one scale per output channel, the fastest; 64 is finer.",
             rich_help_panel=_ENGINE,
         ),
     ] = _ENGINE_DEFAULTS.group_size

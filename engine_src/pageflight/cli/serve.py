@@ -48,7 +48,7 @@ def serve(
         output.print(shown(command))
         return
     with running_server(command, flags) as server:
-        console.print(f"Serving {repository} on {urls(flags)}. Ctrl-C ends it.", highlight=False)
+        console.print(f"Serving {repository} on {urls(flags)}. Ctrl-C ends it.", highlight=False, soft_wrap=True)
         status = server.wait()
     raise CommandError(f"tritonserver ended by itself with status {status}")
 

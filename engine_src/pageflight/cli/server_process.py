@@ -147,7 +147,9 @@ class ServerProcess:
             match = _FAILED.search(line)
             if match and not any(word in match[2] for word in _CONSEQUENCES):
                 # Triton writes newlines as \\n; what follows the first is a traceback.
-                reason = match[2].split("\\n", 1)[0].strip(' "').removeprefix("Internal: ")
+                reason = match[2].split("\\n", 1)[0].strip(' "')
+                for wrapping in ("Internal: ", "TritonModelException: "):
+                    reason = reason.removeprefix(wrapping)
                 models.setdefault(reason, []).append(match[1])
         if models:
             listed = "\n  ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in models.items())

@@ -61,7 +61,7 @@ def up(
     result = run_build(build_flags, checkpoint or str(demo_checkpoint()), repository)
     command = server_command(result.repository, server_flags, arguments or ())
     with running_server(command, server_flags) as server:
-        console.print(f"Serving {result.repository} on {urls(server_flags)}", highlight=False)
+        console.print(f"Serving {result.repository} on {urls(server_flags)}", highlight=False, soft_wrap=True)
         asked = prompt if prompt is not None else (OWN_PROMPT if checkpoint else DEMO_PROMPT)
         first_completion(server_flags, result.name, asked, max_tokens, started)
         console.print(how_to_ask(server_flags, result.name, asked), highlight=False, markup=False, soft_wrap=True)
@@ -88,7 +88,7 @@ def first_completion(flags: ServerFlags, name: str, prompt: str, max_tokens: int
     clock = _Clock()
     print_answers(clock.watch(server.stream(name, request)))
     console.rule()
-    console.print(clock.summary(started), highlight=False)
+    console.print(clock.summary(started), highlight=False, soft_wrap=True)
 
 
 class _Clock:
