@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from grpc_stream import open_stream, stream, tensor, text_tensor
-from servers import Server
+from servers import Server, wait_for
 from tritonclient.utils import InferenceServerException
 
 PROMPT = "the quick brown fox"
@@ -134,16 +134,6 @@ def test_log_probs_come_one_per_token(server: Server) -> None:
 def used_blocks(server: Server) -> float:
     gauges = server.metrics()
     return sum(value for series, value in gauges.items() if 'kv_cache_block_type="used"' in series)
-
-
-def wait_for(condition: object, timeout_s: float = 10.0) -> bool:
-    assert callable(condition)
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def cancellations(server: Server) -> float:

@@ -22,7 +22,7 @@ from typing import Literal
 import msgspec
 
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import ConfigError
+from pageflight.core.errors import ConfigError, PageflightError
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.core.stats import CoreStats
 from pageflight.loop.address import CoreAddress
@@ -85,7 +85,10 @@ def main() -> int:
         reporter.send(Report("progress", "opening the line to the fronts"))
         _serve(runner, config, CoreAddress(Path(arguments.folder)), reporter)
     except Exception as error:
-        log.exception("the engine core ends")
+        if isinstance(error, PageflightError):
+            log.error("the engine core ends: %s", error)  # it says what to do: a traceback would only bury it
+        else:
+            log.exception("the engine core ends")
         name, message = error_to_wire(error)
         reporter.send(Report("failed", message, name))
         return 1

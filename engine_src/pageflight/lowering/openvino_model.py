@@ -16,7 +16,7 @@ from pageflight.lowering.base import StepInputs
 
 _CACHE_KINDS = ("key_cache", "value_cache")
 TOKEN_TILE = 64
-"""Tokens that the CPU plugin's matrix products block together: 65 took a fifth to a half longer than 64 where measured."""
+"""Tokens that the CPU plugin's matrix products block together: 65 took a fifth to a half longer than 64."""
 
 
 class OpenVinoModel:
