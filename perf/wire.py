@@ -75,7 +75,6 @@ class Model:
         """
         if self.takes_text:
             values: dict[str, object] = {"text_input": prompt, "max_tokens": num_output, "stream": True}
-            wanted = {"text_output", *COUNTERS}
         else:
             values = {
                 "input_ids": prompt,
@@ -83,7 +82,6 @@ class Model:
                 "request_output_len": num_output,
                 "streaming": True,
             }
-            wanted = {"output_ids", "sequence_length", *COUNTERS}
         values |= {"ignore_eos": True, "return_num_input_tokens": True, "return_num_output_tokens": True}
         message = service_pb2.ModelInferRequest(model_name=self.name, id=str(number))
         message.parameters["triton_enable_empty_final_response"].bool_param = True
@@ -91,7 +89,7 @@ class Model:
             if name not in self.inputs:
                 raise WireError(f"model {self.name} has no input {name}; it has {', '.join(sorted(self.inputs))}")
             self._add_input(message, name, value)
-        for name in sorted(wanted):
+        for name in ("text_output", *COUNTERS):  # what every other server is asked for: text, and how much of it
             if name not in self.outputs:
                 raise WireError(f"model {self.name} has no output {name}; it has {', '.join(sorted(self.outputs))}")
             message.outputs.add(name=name)

@@ -71,7 +71,29 @@ def test_checkpoint_that_samples_sets_the_defaults(builder: GenerationBuilder) -
     other = GenerationBuilder(manifest, builder.tokenizer, default_max_tokens=64, exclude_input_in_output=True)
     made = sampling(other)
     assert (made.temperature, made.top_p, made.top_k) == (0.6, 0.9, 50)
-    assert sampling(other, temperature=0.2).top_k == 0
+    made = sampling(other, temperature=0.2)
+    assert (made.temperature, made.top_p, made.top_k) == (0.2, 0.9, 50)
+    made = sampling(other, seed=3)
+    assert (made.temperature, made.top_p, made.top_k) == (0.6, 0.9, 50)
+    assert sampling(other, top_k=0).top_k == 0
+
+
+@pytest.mark.parametrize("option", [{"top_k": 0}, {"top_k": -1}, {"top_p": 1.0}, {"min_p": 0.0}])
+def test_naming_the_value_that_is_off_stays_greedy(builder: GenerationBuilder, option: dict[str, object]) -> None:
+    """Clients that always send their neutral defaults got another text every time."""
+    assert sampling(builder, **option).temperature == 0.0
+
+
+def test_a_minimum_above_the_default_length_raises_it(builder: GenerationBuilder) -> None:
+    """A default that the client had not chosen made its request fail."""
+    assert sampling(builder, min_tokens=80).max_tokens == 80
+
+
+def test_a_prompt_of_endless_long_tokens_is_refused_without_reading_it(builder: GenerationBuilder) -> None:
+    """A megabyte of "=" was tokenised whole, and every stream of the model stood still meanwhile."""
+    assert 0 < builder.tokenizer.fewest_tokens("=" * 10_000_000) <= 10_000_000
+    for text in ("=" * 1000, "def f(x):\n    return x\n" * 50, "é漢🙂" * 100):
+        assert builder.tokenizer.fewest_tokens(text) <= len(builder.tokenizer.encode(text, add_special_tokens=False))
 
 
 def test_unseeded_requests_differ(builder: GenerationBuilder) -> None:
@@ -128,7 +150,7 @@ def test_huge_prompt_is_refused_before_it_is_read(builder: GenerationBuilder, mo
     monkeypatch.setattr(builder.tokenizer, "encode", counting)
     with pytest.raises(PromptTooLong, match="1000000 characters"):
         builder.encode_prompt("text_input", "ab" * 500_000)
-    assert max(read) < 10_000
+    assert max(read, default=0) < 10_000
 
 
 def test_word_lists_survive_their_form() -> None:

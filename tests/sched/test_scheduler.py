@@ -5,7 +5,7 @@ import pytest
 from sched_harness import VOCAB_SIZE, Harness
 
 from pageflight.core.config import KVConfig, SchedulerConfig
-from pageflight.core.errors import ConfigError
+from pageflight.core.errors import ConfigError, QueueFull
 from pageflight.core.plan import StepResult
 from pageflight.core.request import Request, SamplingParams
 from pageflight.runners.fake import fake_log_prob
@@ -265,6 +265,26 @@ def test_cancel_returns_every_block_in_every_state() -> None:
     harness.run()
     assert {ending.reason for ending in harness.finished.values()} == {"cancelled"}
     assert harness.scheduler.stats().cancellations == 4
+
+
+def test_a_stop_string_is_no_cancellation() -> None:
+    """Answers that ended at a stop word were counted as cancelled by their clients."""
+    scheduler = Scheduler(SchedulerConfig(max_model_len=64), KVConfig(num_blocks=8, block_size=4), vocab_size=97)
+    for handle in range(2):
+        scheduler.submit(Request(handle=handle, prompt_ids=(1, 2), sampling=SamplingParams()), 0.0)
+    assert scheduler.cancel(0, by_client=False)
+    assert scheduler.cancel(1)
+    assert scheduler.stats().cancellations == 1
+
+
+def test_every_sequence_of_a_request_counts_in_the_queue() -> None:
+    """Sixty-four answers to one prompt passed a queue limit as one."""
+    config = SchedulerConfig(max_num_seqs=2, max_model_len=64, max_queue_size=4)
+    scheduler = Scheduler(config, KVConfig(num_blocks=64, block_size=4), vocab_size=97)
+    scheduler.submit(Request(handle=0, prompt_ids=(1, 2), sampling=SamplingParams(n=4)), 0.0)
+    with pytest.raises(QueueFull):
+        scheduler.submit(Request(handle=10, prompt_ids=(1, 2), sampling=SamplingParams(n=3)), 0.0)
+    scheduler.submit(Request(handle=10, prompt_ids=(1, 2), sampling=SamplingParams(n=2)), 0.0)
 
 
 def test_cancel_between_plan_and_settle_drops_the_token() -> None:

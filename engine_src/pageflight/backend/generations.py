@@ -35,12 +35,16 @@ class GenerationBuilder:
         self.manifest, self.tokenizer = manifest, tokenizer
         self.exclude_input_in_output = exclude_input_in_output
         self._default_max_tokens = default_max_tokens
+        self.max_model_len = manifest.max_model_len
+        """Of the engine; whoever knows how much the cache holds lowers it to that."""
 
     def encode_prompt(self, option: str, text: str) -> tuple[int, ...]:
         """Token ids of a prompt. Raises InvalidArgument for an empty one, PromptTooLong without reading all of it."""
         if not text:
             raise InvalidArgument(option, text, "must not be empty")
-        limit = self.manifest.max_model_len
+        limit = self.max_model_len
+        if self.tokenizer.fewest_tokens(text) > limit:
+            raise PromptTooLong(option, f"{len(text)} characters", f"more than {limit} tokens; max_model_len={limit}")
         probe_characters = limit * _PROBE_CHARACTERS_PER_TOKEN
         if len(text) > 2 * probe_characters:
             num_probed = len(self.tokenizer.encode(text[:probe_characters], add_special_tokens=False))
@@ -97,9 +101,9 @@ class GenerationBuilder:
 
     def _sampling(self, num_prompt: int, options: Options, wishes: TokenWishes) -> SamplingParams:
         max_tokens = options.get("max_tokens")
-        if max_tokens is None:
-            max_tokens = max(1, min(self._default_max_tokens, self.manifest.max_model_len - num_prompt))
         min_tokens = options.get("min_tokens", 0)
+        if max_tokens is None:
+            max_tokens = max(1, min(max(self._default_max_tokens, min_tokens), self.max_model_len - num_prompt))
         if min_tokens > max_tokens:
             raise InvalidArgument("min_tokens", min_tokens, f"must be at most max_tokens={max_tokens}")
         temperature, top_k, top_p, min_p = self._randomness(options)
@@ -123,23 +127,21 @@ class GenerationBuilder:
         )
 
     def _randomness(self, options: Options) -> tuple[float, int, float, float]:
-        """Temperature, top-k, top-p, min-p. Greedy unless the request, or the checkpoint, asks for randomness."""
-        names = ("temperature", "top_k", "top_p", "min_p")
-        given = any(name in options for name in (*names, "seed"))
-        if not given:
-            if not self.manifest.generation.get("do_sample"):
-                return _GREEDY, 0, 1.0, 0.0
-            temperature = self._default("temperature", 1.0)
-            top_k = int(self._default("top_k", 0))
-            return temperature, max(0, top_k), self._default("top_p", 1.0), self._default("min_p", 0.0)
-        top_p = options.get("top_p", 1.0)
-        top_k = options.get("top_k", 0)
-        temperature = options.get("temperature", 1.0)
-        if top_k == 1 or top_p == 0.0:
-            temperature = _GREEDY  # one token is left to choose from
-        if temperature == _GREEDY:
+        """Temperature, top-k, top-p, min-p. Greedy unless the request, or the checkpoint, asks for randomness.
+
+        What the request leaves open is the checkpoint's own where that samples (`do_sample`), else neutral. A request
+        asks for randomness by a temperature, a seed, or a filter that filters: not by naming the value that is off.
+        """
+        samples = bool(self.manifest.generation.get("do_sample"))
+        own = self._default if samples else lambda _name, neutral: neutral
+        top_k = max(0, options.get("top_k", int(own("top_k", 0))))
+        top_p = options.get("top_p", own("top_p", 1.0))
+        min_p = options.get("min_p", own("min_p", 0.0))
+        asks = samples or "seed" in options or top_k > 1 or top_p < 1.0 or min_p > 0.0
+        temperature = options.get("temperature", own("temperature", 1.0) if asks else _GREEDY)
+        if temperature == _GREEDY or top_k == 1 or top_p == 0.0:  # one token is left to choose from
             return _GREEDY, 0, 1.0, 0.0
-        return temperature, top_k, top_p, options.get("min_p", 0.0)
+        return temperature, top_k, top_p, min_p
 
     def _default(self, name: str, neutral: float) -> float:
         value = self.manifest.generation.get(name)

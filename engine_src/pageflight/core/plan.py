@@ -84,6 +84,7 @@ class StepResult:
     step: int
     sampled_ids: Int32Array  # [L]
     log_probs: FloatArray | None = None  # [L] natural log of the probability of each sampled id (before temperature)
+    broken: BoolArray | None = None  # [L] rows whose logits were not finite: no id, the sequence ends with an error
 
 
 @dataclass(frozen=True, slots=True)

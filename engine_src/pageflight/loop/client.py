@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 _RECONNECT_MS = 20
 _MAX_RECONNECT_MS = 200
-_MAXlog = logging.getLogger(__name__)
-
-_RECONNECT_MS = 200
 MAX_QUEUED_FRAMES = 64
 """Frames that may wait in the socket; beyond, the core joins what follows and nothing is lost."""
 

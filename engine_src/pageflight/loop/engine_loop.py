@@ -27,9 +27,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End one sequence; no effect if it has ended already."""
+    """End one sequence; no effect if it has ended already. `by_client`: nobody wants its answer any more."""
 
     handle: int
+    by_client: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ class EngineLoop:
                     self.scheduler.submit(request, self.clock())
                 except PageflightError as error:
                     self.mailbox.reject(request.handle, error)
-            case Cancel(handle):
-                self.scheduler.cancel(handle)
+            case Cancel(handle, by_client):
+                self.scheduler.cancel(handle, by_client=by_client)
             case Drain():
                 self.scheduler.drain()
             case Shutdown():

@@ -39,6 +39,7 @@ class Cancel(msgspec.Struct, tag=3, array_like=True, frozen=True):
     epoch: int
     front: bytes
     handles: tuple[int, ...]
+    by_client: bool = True  # False: the front found a stop string
 
 
 class Leave(msgspec.Struct, tag=4, array_like=True, frozen=True):

@@ -318,8 +318,11 @@ class Front:
         """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""
         if self._epoch is None:
             self._client.wake()
-        elif handles:
-            self._client.send(Cancel(self._epoch, self._client.identity, tuple(handles)))
+            return
+        for by_client in (False, True):
+            some = tuple(handle for handle in handles if (self._open[handle].ending == "cancelled") is by_client)
+            if some:
+                self._client.send(Cancel(self._epoch, self._client.identity, some, by_client))
 
     def _reject(self, message: Rejected) -> None:
         leader = self._open.get(message.handle)

@@ -205,7 +205,8 @@ class ZmqMailbox:
             request = replace(message.request, handle=front.number << _HANDLE_BITS | own)
             commands.append(engine_loop.Submit(request))
         elif isinstance(message, frames.Cancel):
-            commands += [engine_loop.Cancel(front.number << _HANDLE_BITS | own) for own in message.handles]
+            base = front.number << _HANDLE_BITS
+            commands += [engine_loop.Cancel(base | own, message.by_client) for own in message.handles]
         else:
             self._drop(front, commands)
 

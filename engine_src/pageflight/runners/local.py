@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.lowering.base import CompiledModel
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.inputs import BatchRows
-from pageflight.sampling.sampler import Sampler
+from pageflight.sampling.sampler import FloatArray, Int32Array, NonFiniteLogits, Sampler
 
 _NO_IDS = np.zeros(0, np.int32)
 
@@ -59,7 +60,7 @@ class LocalRunner:
         self._in_flight = plan
 
     def collect(self) -> StepResult:
-        """Wait for the submitted plan, sample, and return the ids. Raises NonFiniteLogits for a broken model."""
+        """Wait for the submitted plan, sample, and return the ids; rows whose logits are not finite are `broken`."""
         plan, self._in_flight = self._in_flight, None
         assert plan is not None, "submit() comes before collect()"
         if not plan.rows.size:
@@ -68,9 +69,28 @@ class LocalRunner:
         rows_L = plan.rows[plan.samples]
         if not rows_L.size:
             return StepResult(plan.step, _NO_IDS)
+        try:
+            ids_L, log_probs_L = self._sample(logits_LV, rows_L)
+        except NonFiniteLogits as error:
+            return self._sample_around(np.isin(rows_L, error.rows), logits_LV, rows_L, plan.step)
+        return StepResult(plan.step, ids_L, log_probs_L)
+
+    def _sample(self, logits_LV: FloatArray, rows_L: Int32Array) -> tuple[Int32Array, FloatArray | None]:
         ids_L, log_probs_L = self._sampler.sample(logits_LV, rows_L, self._rows.tokens_RM, self._rows.num_tokens_R)
         self._rows.append(rows_L, ids_L)
-        return StepResult(plan.step, ids_L, log_probs_L)
+        return ids_L, log_probs_L
+
+    def _sample_around(
+        self, broken_L: NDArray[np.bool_], logits_LV: FloatArray, rows_L: Int32Array, step: int
+    ) -> StepResult:
+        """The step's result where some rows cannot be sampled: the others must not suffer for it."""
+        ids_L, log_probs_L, sound_L = np.zeros(rows_L.size, np.int32), None, ~broken_L
+        if sound_L.any():
+            ids_L[sound_L], log_probs = self._sample(logits_LV[sound_L], rows_L[sound_L])
+            if log_probs is not None:
+                log_probs_L = np.full(rows_L.size, np.nan, np.float32)
+                log_probs_L[sound_L] = log_probs
+        return StepResult(step, ids_L, log_probs_L, broken_L)
 
     def close(self) -> None:
         self._model.close()

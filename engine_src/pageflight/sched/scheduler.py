@@ -88,9 +88,9 @@ class Scheduler:
         handles = range(request.handle, request.handle + request.sampling.n)
         if any(handle in self._open for handle in handles):
             raise InvalidArgument("handle", request.handle, "is in use by an open sequence")
-        num_queued = len(self._waiting) - self.rows.num_free
-        if num_queued >= self.config.max_queue_size:
-            raise QueueFull(num_queued, self.config.max_queue_size)
+        num_queued = len(self._open) - self.rows.num_rows  # sequences that would wait if all rows were taken
+        if num_queued + len(handles) > self.config.max_queue_size:
+            raise QueueFull(max(0, num_queued), self.config.max_queue_size)
         sequences = [
             Sequence(
                 request=request,
@@ -121,12 +121,15 @@ class Scheduler:
             follower.leader, follower.state = leader, State.FORKING
         self._waiting.push(leader)
 
-    def cancel(self, handle: int) -> bool:
-        """End one sequence wherever it is; its blocks are free at once. False if it has ended already."""
+    def cancel(self, handle: int, *, by_client: bool = True) -> bool:
+        """End one sequence wherever it is; its blocks are free at once. False if it has ended already.
+
+        Only cancellations `by_client` are counted as such: a stop string ends an answer as it should end.
+        """
         sequence = self._open.get(handle)
         if sequence is None:
             return False
-        self._counters.cancellations += 1
+        self._counters.cancellations += by_client
         self._finish(sequence, "cancelled")
         return True
 
@@ -314,6 +317,8 @@ class Scheduler:
         is_live = None
         if flight.num_releases != state.num_releases:
             is_live = state.epochs[plan.rows] == flight.epochs
+        if result.broken is not None:
+            is_live = self._end_broken(plan, result.broken, is_live)
         if self.space.cache is not None:
             self._register_blocks(plan, is_live)
         rows = plan.rows if flight.all_sample else plan.rows[plan.samples]
@@ -338,6 +343,18 @@ class Scheduler:
             for index in np.flatnonzero(ended).tolist():
                 self._finish(state.held_by(int(rows[index])), "stop" if stopped[index] else "length")
         return StepEvents(plan.step, handles, ids, log_probs, self.take_endings() if self._endings else ())
+
+    def _end_broken(
+        self, plan: StepPlan, broken: NDArray[np.bool_], is_live: NDArray[np.bool_] | None
+    ) -> NDArray[np.bool_]:
+        """End the sequences whose logits were not finite; the rows [S] that remain. Their blocks are not kept."""
+        is_broken = np.zeros(len(plan.rows), np.bool_)
+        is_broken[plan.samples] = broken
+        if is_live is None:
+            is_live = np.ones(len(plan.rows), np.bool_)
+        for row in plan.rows[is_broken & is_live].tolist():
+            self._finish(self.rows.held_by(row), "error", "the model's logits for this request are not finite")
+        return is_live & ~is_broken
 
     def _register_blocks(self, plan: StepPlan, is_live: NDArray[np.bool_] | None) -> None:
         """Let the prefix cache know the blocks that this plan's chunks have filled."""

@@ -38,6 +38,10 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         self._pieces: dict[bool, BytePieces | StringPieces | None] = {}
+        # Byte-level tokens stand for as many bytes as they have characters, and nothing of a text is dropped: then a
+        # text cannot have fewer tokens than its length over that of the longest.
+        is_lossless = type(tokenizer.decoder).__name__ == "ByteLevel" and tokenizer.normalizer is None
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=0) if is_lossless else 0
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -53,8 +57,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. With `add_special_tokens` the post-processor in `tokenizer.json` decides what is added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Only the batch call lets other threads run meanwhile: a long prompt must not hold up those who stream.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of `text`, without reading it; 0 where none is known."""
+        return -(-len(text) // self._longest_token) if self._longest_token else 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`, all at once."""
