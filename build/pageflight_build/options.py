@@ -70,7 +70,7 @@ class ServingOptions:
 
     kv_memory: int = 0
     max_num_seqs: int = 256
-    max_num_tokens: int = 512
+    max_num_tokens: int = 256
     max_queue_size: int = 10_000
     instances: int = 1
     threads: int = 0

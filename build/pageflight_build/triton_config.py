@@ -45,7 +45,7 @@ class Deployment:
     postprocessing_instances: int = 1
     kv_memory: int = 0
     max_num_seqs: int = 256
-    max_num_tokens: int = 512
+    max_num_tokens: int = 256
     max_queue_size: int = 10_000
     num_threads: int = 0
     prefix_cache: bool = True

@@ -3,7 +3,6 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-import pytest
 
 from pageflight.backend.answer import Answer, AnswerForm, Reply
 from pageflight.backend.cancellation import CancellationWatch
@@ -13,6 +12,8 @@ from pageflight.core.errors import Cancelled, InvalidArgument
 from pageflight.core.events import TokenEvent, Usage
 
 OUTPUTS = frozenset(tensor.name for tensor in wire.ENGINE_OUTPUTS)
+TEXT_OUTPUTS = frozenset(tensor.name for tensor in wire.TEXT_OUTPUTS)
+"""All that an ensemble maps; it has no use for ids."""
 USAGE = Usage(num_input_tokens=3, num_output_tokens=2, cum_log_prob=-1.5)
 
 
@@ -136,10 +137,29 @@ def test_nothing_is_sent_after_a_failure() -> None:
     assert len(sender.sent) == 1
 
 
-@pytest.mark.parametrize("requested", [OUTPUTS, OUTPUTS - {"output_ids", "sequence_length"}])
-def test_asking_for_everything_is_no_wish(requested: frozenset[str]) -> None:
-    form = AnswerForm(outputs=OUTPUTS, is_batched=False)
-    assert form.wanted(Options(), requested) <= {"output_ids", "sequence_length"}
+def test_asking_for_everything_is_no_wish() -> None:
+    for outputs in (OUTPUTS, TEXT_OUTPUTS):
+        form = AnswerForm(outputs=outputs, is_batched=False)
+        assert form.wanted(Options(), outputs) <= {"output_ids", "sequence_length"}
+        assert not form.is_from_ensemble(outputs)
+
+
+def test_ensembles_last_response_alone_has_what_its_client_may_have_named() -> None:
+    """Outputs that a client of `ensemble` named never reached the engine and were left out without a word."""
+    form = AnswerForm(outputs=OUTPUTS, is_batched=True)
+    wanted = form.wanted(Options(), TEXT_OUTPUTS)
+    assert wanted == {"finish_reason", "num_input_tokens", "num_output_tokens"}
+    sender, _, answer = make(stream=True, wanted=wanted)
+    answer.take(event(text="a"))
+    answer.take(event(text="b", final=True))
+    assert set(sender.tensors(0)) == {"text_output"}
+    assert set(sender.tensors(1)) == {"text_output", *wanted}
+
+
+def test_log_probs_reach_an_ensemble_only_when_asked_for() -> None:
+    options = Options()
+    options.add("return_log_probs", True)
+    assert "cum_log_probs" in AnswerForm(outputs=OUTPUTS, is_batched=True).wanted(options, TEXT_OUTPUTS)
 
 
 def test_outputs_are_sent_when_named_or_asked_for_by_option() -> None:

@@ -93,6 +93,60 @@ def test_vllm_parameters_that_cannot_be_honoured_are_refused(entries: str, said:
         Options().add("sampling_parameters", entries)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"temperature": 1' + "0" * 400 + "}",
+        '{"top_p": [' + "1" * 400 + "]}",
+        '{"seed": 1' + "0" * 400 + "}",
+        '{"logit_bias": {"5": 1' + "0" * 400 + "}}",
+        '{"temperature": 1' + "0" * 5000 + "}",
+    ],
+)
+def test_numbers_beyond_any_float_are_refused_by_name(text: str) -> None:
+    """OverflowError, and the client was told to look into the server's log."""
+    with pytest.raises(InvalidArgument, match=r"temperature|top_p|seed|logit_bias|sampling_parameters"):
+        Options().add("sampling_parameters", text)
+
+
+@pytest.mark.parametrize("name", ["sampling_parameters", "stop_words", "logit_bias", "stop_token_ids"])
+@pytest.mark.parametrize("levels", [5, 200, 900, 100_000])
+def test_deep_json_is_refused_by_name(name: str, levels: int) -> None:
+    """RecursionError: while it was read, or while the error that refused it was written."""
+    for text in ("[" * levels, "[" * levels + "]" * levels, '{"a":' * levels + "1" + "}" * levels):
+        with pytest.raises(InvalidArgument, match=name):
+            Options().add_parameters({name: "[" + text + "]" if name.startswith("stop") else text})
+
+
+def test_empty_words_are_no_words() -> None:
+    """TensorRT-LLM's documented request has `"bad_words": "", "stop_words": ""` and was refused."""
+    options = Options()
+    options.add("bad_words", [b""])
+    options.add_parameters({"stop_words": ""})
+    options.add("embedding_bias_words", [b""])
+    assert options.get("bad_words") == options.get("stop_words") == options.get("embedding_bias_words") == ()
+    options = Options()
+    options.add_parameters({"stop": ["fine", ""]})
+    assert options.get("stop_words") == ("fine",)
+
+
+def test_empty_bias_word_goes_with_its_weight() -> None:
+    values = {"embedding_bias_words": ["a", "", "b"], "embedding_bias_weights": [1.0, 2.0, 3.0]}
+    for order in (list(values), list(values)[::-1]):
+        options = Options()
+        for name in order:
+            options.add(name, values[name])
+        assert options.get("embedding_bias_words") == ("a", "b")
+        assert options.get("embedding_bias_weights") == (1.0, 3.0)
+
+
+def test_weights_without_their_words_stay_to_be_refused() -> None:
+    options = Options()
+    options.add("embedding_bias_weights", [1.0])
+    options.add("embedding_bias_words", ["", ""])
+    assert len(options.get("embedding_bias_weights")) != len(options.get("embedding_bias_words"))
+
+
 def test_envelope_of_benchmark_clients_is_no_option() -> None:
     options = Options()
     options.add_parameters({"id": "7", "model": "m", "sequence_id": 0, "sequence_start": False})

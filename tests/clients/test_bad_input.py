@@ -36,7 +36,6 @@ BAD = [
     ({"text_input": PROMPT, "num_return_sequences": 100000}, "num_return_sequences=100000"),
     ({"text_input": PROMPT, "timeout_ms": -1}, "timeout_ms=-1"),
     ({"text_input": PROMPT, "stop_words": ["x"] * 10000}, "stop_words='10000 entries'"),
-    ({"text_input": PROMPT, "stop_words": ["fine", ""]}, "stop_words=''"),
     ({"text_input": PROMPT, "bad_words": ["x" * 5000]}, "bad_words"),
     ({"text_input": PROMPT, "no_such_option": 3}, "no_such_option=3"),
     ({"text_input": PROMPT, "beam_width": 4}, "beam_width=4: beam search"),
@@ -48,7 +47,10 @@ BAD = [
     ({"text_input": PROMPT, "lora_task_id": 1}, "lora_task_id=1"),
     ({"text_input": PROMPT, "lora_name": "a"}, "lora_name='a'"),
     ({"text_input": PROMPT, "ignore_eos": True, "end_id": 3}, "ignore_eos"),
-    ({"text_input": PROMPT, "end_id": 100000}, "100000"),
+    ({"text_input": PROMPT, "end_id": 100000}, "end_id=100000"),
+    ({"text_input": LONG[:600]}, "text_input='600 tokens'"),
+    ({"text_input": PROMPT, "sampling_parameters": '{"temperature": 1' + "0" * 400 + "}"}, "temperature=1000"),
+    ({"text_input": PROMPT, "sampling_parameters": "[" * 100_000}, "sampling_parameters="),
     ({"text_input": PROMPT, "embedding_bias_words": ["a"]}, "embedding_bias_weights"),
     ({"text_input": PROMPT, "sampling_parameters": "{not json"}, "sampling_parameters"),
     ({"text_input": PROMPT, "sampling_parameters": '{"temperature": "hot"}'}, "temperature='hot'"),
@@ -115,6 +117,28 @@ def test_ten_megabyte_prompt_is_refused_quickly(server: Server) -> None:
     """The whole text was tokenized before its length was looked at, which kept every other request waiting."""
     streamed = stream(server.grpc, server.name, [tensor("text_input", [b"fox jumps " * 1_000_000], "BYTES")])
     assert "10000000 characters" in str(streamed.errors[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"text_input": ""}, "text_input (QUERY)=''"),
+        ({"text_input": PROMPT, "end_id": 2_000_000_000}, "end_id=2000000000"),
+        ({"text_input": PROMPT, "max_tokens": 1000}, ": max_tokens=1000: at most"),
+        ({"text_input": PROMPT, "top_k": -7}, ": top_k=-7"),
+        ({"text_input": PROMPT, "num_return_sequences": 64, "temperature": 1.0}, "num_return_sequences=64"),
+    ],
+)
+def test_ensemble_names_options_as_its_client_does(slow_server: Server, body: dict[str, object], said: str) -> None:
+    answer = slow_server.generate("ensemble", **body)
+    assert answer.status_code == 400, answer.text
+    assert said in answer.json()["error"]
+
+
+def test_stop_without_an_id_is_refused(server: Server) -> None:
+    """It cancelled every open request without an id."""
+    errors = stream(server.grpc, "engine", [tensor("stop", [True], "BOOL", batched=True)]).errors
+    assert "needs the id of the request to cancel" in str(errors[0])
 
 
 def test_engine_refuses_ids_outside_the_vocabulary(server: Server) -> None:

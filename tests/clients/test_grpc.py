@@ -121,6 +121,27 @@ def test_outputs_can_be_asked_for_by_name(server: Server) -> None:
     assert int(streamed.last("num_output_tokens")[0]) == 5
 
 
+def test_outputs_of_the_ensemble_can_be_asked_for_by_name(server: Server) -> None:
+    """What the client named did not reach the engine, and `finish_reason` was left out without a word."""
+    inputs = [text_tensor(PROMPT, batched=True), tensor("max_tokens", [5], "INT32", batched=True)]
+    inputs.append(tensor("stream", [True], "BOOL", batched=True))
+    wanted = [triton.InferRequestedOutput(name) for name in ("text_output", "finish_reason", "num_output_tokens")]
+    streamed = stream(server.grpc, "ensemble", inputs, outputs=wanted)
+    names = [{output.name for output in result.get_response().outputs} for result in streamed.results]
+    assert names[-1] == {"text_output", "finish_reason", "num_output_tokens"}
+    assert len(names) > 1
+    assert all(earlier == {"text_output"} for earlier in names[:-1])
+    assert streamed.last("finish_reason").ravel().tolist() == [b"length"]
+    assert streamed.last("num_output_tokens").ravel().tolist() == [5]
+
+
+def test_timeout_argument_of_the_client_is_the_deadline(slow_server: Server) -> None:
+    """Microseconds of tritonclient's own argument; it was ignored, and the answer came 10 s later here."""
+    for model, batched in ((slow_server.name, False), ("ensemble", True)):
+        inputs = [text_tensor(PROMPT, batched=batched), tensor("max_tokens", [480], "INT32", batched=batched)]
+        assert "timeout_ms passed" in str(stream(slow_server.grpc, model, inputs, timeout=200_000).errors[0])
+
+
 def test_log_probs_come_one_per_token(server: Server) -> None:
     more = options(5, return_log_probs=(True, "BOOL"))
     streamed = stream(server.grpc, server.name, [text_tensor(PROMPT), *more])
@@ -164,8 +185,9 @@ def test_closed_http_connection_frees_its_blocks(slow_server: Server) -> None:
     assert wait_for(lambda: cancellations(slow_server) == before + 1, 8.0)
 
 
-def test_stop_request_cancels_the_open_one_of_that_id(slow_server: Server) -> None:
-    """TensorRT-LLM's clients cancel so; each instance knows its own requests, so the id may be on the other one."""
+@pytest.mark.parametrize("attempt", range(4))  # whichever of the two instances gets the one and the other
+def test_stop_request_cancels_the_open_one_of_that_id(slow_server: Server, attempt: int) -> None:
+    """TensorRT-LLM's clients cancel so, once; each instance knew its own requests and refused those of the other."""
     ids = np.arange(5, 15, dtype=np.int32).reshape(1, -1)
     prompt = triton.InferInput("input_ids", list(ids.shape), "INT32")
     prompt.set_data_from_numpy(ids)
@@ -173,12 +195,10 @@ def test_stop_request_cancels_the_open_one_of_that_id(slow_server: Server) -> No
     inputs.append(tensor("streaming", [True], "BOOL", batched=True))
     stop = tensor("stop", [True], "BOOL", batched=True)
     with open_stream(slow_server.grpc) as (client, answers), open_stream(slow_server.grpc) as (other, stopped):
-        client.async_stream_infer("engine", inputs, request_id="a-request")
+        client.async_stream_infer("engine", inputs, request_id=f"request-{attempt}")
         assert answers.get(timeout=10)[1] is None
-        for _ in range(20):
-            other.async_stream_infer("engine", [stop], request_id="a-request", enable_empty_final_response=True)
-            if stopped.get(timeout=10)[1] is None:
-                break
+        other.async_stream_infer("engine", [stop], request_id=f"request-{attempt}", enable_empty_final_response=True)
+        assert stopped.get(timeout=10)[1] is None
         errors = []
         while not errors:
             _, error = answers.get(timeout=10)

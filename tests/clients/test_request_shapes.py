@@ -122,6 +122,42 @@ def test_vllm_backend_client(server: Server) -> None:
     assert asyncio.run(ask()) == [expected(server, 7)]
 
 
+@pytest.mark.parametrize("model", ["ensemble", "tiny", "tiny_unary"])
+def test_tensorrt_llm_documented_curl(server: Server, model: str) -> None:
+    """Its empty strings, which mean no words, were refused."""
+    body = '{"text_input":"What is machine learning?","max_tokens":4,"bad_words":"","stop_words":""}'
+    response = requests.post(server.url(model, "generate"), data=body, timeout=30)
+    assert response.status_code == 200, response.text
+    assert response.json()["text_output"] == server.text(text_input="What is machine learning?", max_tokens=4)
+
+
+def test_generate_on_the_ensemble_says_why_the_answer_ended(server: Server) -> None:
+    answer = server.generate("ensemble", text_input=PROMPT, max_tokens=6).json()
+    assert answer["text_output"] == expected(server, 6)
+    assert (answer["finish_reason"], answer["num_output_tokens"]) == ("length", 6)
+    body = {"text_input": PROMPT, "max_tokens": 6, "stream": True}
+    response = requests.post(server.url("ensemble", "generate_stream"), json=body, timeout=30)
+    events = [json.loads(line[5:]) for line in response.text.splitlines() if line.startswith("data:")]
+    assert "".join(event["text_output"] for event in events) == expected(server, 6)
+    assert ["finish_reason" in event for event in events] == [False] * (len(events) - 1) + [True]
+
+
+def test_empty_words_are_no_words_on_engine_and_preprocessing(server: Server) -> None:
+    empty = [b""]
+    inputs = [
+        tensor("input_ids", IDS, "INT32", batched=True),
+        tensor("request_output_len", [3], "INT32", batched=True),
+        tensor("stop_words", empty, "BYTES", batched=True),
+        tensor("embedding_bias_words", empty, "BYTES", batched=True),
+        tensor("embedding_bias_weights", [1.0], "FP32", batched=True),
+    ]
+    assert not stream(server.grpc, "engine", inputs).errors
+    query = tensor("QUERY", [PROMPT.encode()], "BYTES", batched=True)
+    words = [tensor(name, empty, "BYTES", batched=True) for name in ("STOP_WORDS_DICT", "BAD_WORDS_DICT")]
+    made = triton.InferenceServerClient(server.grpc).infer("preprocessing", [query, *words])
+    assert (made.as_numpy("STOP_WORDS_IDS")[0, 1] == -1).all()
+
+
 def test_vllm_sampling_parameters_with_lists(server: Server) -> None:
     full = expected(server, 20)
     sampling = {"stop": [full[4:7]], "max_tokens": 20, "ignore_eos": False, "n": 1, "logit_bias": None}

@@ -10,7 +10,7 @@ from pageflight.core.plan import StepEvents, StepPlan, StepResult
 from pageflight.core.request import Request, SamplingParams
 from pageflight.core.stats import CoreStats
 from pageflight.loop.clock import ManualClock
-from pageflight.loop.engine_loop import Cancel, Command, Drain, EngineLoop, Shutdown, Submit
+from pageflight.loop.engine_loop import LINGER_LIMIT_S, Cancel, Command, Drain, EngineLoop, Shutdown, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.fake import FakeRunner, InstantRunner, fake_continuation
@@ -46,9 +46,9 @@ class Scene:
         return request
 
     def until_idle(self) -> list[StepEvents]:
-        """Step until nothing is open and everything is published."""
+        """Step until the loop would wait for a command: nothing is open, everything is published."""
         self.loop.step()
-        while self.loop.scheduler.has_work or self.loop._unpublished is not None:
+        while self.loop._patience_s() == 0.0 and not self.loop.is_finished:
             self.loop.step()
         return self.mailbox.take_events()
 
@@ -222,3 +222,47 @@ def test_the_instant_runner_walks_through_the_ids_and_ends_by_length() -> None:
     for handle in range(6):
         ids = ids_of(events, handle)
         assert len(ids) == 30 and min(ids) >= 10 and len(set(ids)) == 30
+
+
+class ClosedLoopMailbox(InMemoryMailbox):
+    """A client that sends its next request when its last one has ended, and notes how long the loop would wait."""
+
+    def __init__(self, num_requests: int) -> None:
+        super().__init__()
+        self.timeouts_s: list[float | None] = []
+        self._left = num_requests
+        self.send_next()
+
+    def send_next(self) -> None:
+        if self._left:
+            self._left -= 1
+            self.send(Submit(Request(handle=self._left, prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=3))))
+
+    def receive(self, timeout_s: float | None):  # type: ignore[no-untyped-def]
+        self.timeouts_s.append(timeout_s)
+        return super().receive(0.0)
+
+    def publish(self, events) -> None:  # type: ignore[no-untyped-def]
+        super().publish(events)
+        for _ in events.finished:
+            self.send_next()
+
+
+def test_the_successor_of_a_request_that_ended_joins_the_very_next_step() -> None:
+    """It arrived just after the next step had begun, and its row stood empty for all of that step."""
+    mailbox, clock = ClosedLoopMailbox(4), ManualClock(0.0)
+    limits = RunnerLimits(num_blocks=64, block_size=4, max_num_seqs=8, max_model_len=64, vocab_size=97)
+
+    class SlowRunner(FakeRunner):
+        def collect(self) -> StepResult:
+            clock.advance(1.0)
+            return super().collect()
+
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=8, max_model_len=64), KVConfig(num_blocks=64, block_size=4), vocab_size=97
+    )
+    loop = EngineLoop(scheduler=scheduler, runner=SlowRunner(limits), mailbox=mailbox, clock=clock)
+    for _ in range(12):  # four requests of three steps each, and no step in between
+        loop.step()
+    assert not scheduler.has_work
+    assert max(timeout for timeout in mailbox.timeouts_s if timeout is not None) <= LINGER_LIMIT_S * 1.001

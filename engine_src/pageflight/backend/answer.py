@@ -17,6 +17,8 @@ from pageflight.core.events import TokenEvent, Usage
 
 _OPTIONAL = frozenset(name for names in wire.RETURN_OPTIONS.values() for name in names)
 _IDS = frozenset(("output_ids", "sequence_length"))
+_ENSEMBLE_LAST = frozenset(("finish_reason", "num_input_tokens", "num_output_tokens"))
+"""Come with the last response to an ensemble, whoever asked for what."""
 _PER_TOKEN = _IDS | {"output_log_probs"}
 
 
@@ -84,13 +86,21 @@ class AnswerForm:
     def wanted(self, options: Options, requested: frozenset[str]) -> frozenset[str]:
         """The outputs to send beside the text: those of `return_…` options, and those the request names.
 
-        A request that names no outputs asks, as Triton passes it on, for all of them, or from within an ensemble for
-        all that the ensemble has a use for: that is no wish for the optional ones.
+        A request that names no outputs asks, as Triton passes it on, for all of them: that is no wish for the optional
+        ones. What a client of an ensemble names does not reach its steps. Such a client gets what is cheap, comes once
+        and may have been meant, and Triton leaves out what it did not name.
         """
         asked = {name for flag, names in wire.RETURN_OPTIONS.items() if options.get(flag, False) for name in names}
-        if requested not in (self.outputs, self.outputs - _IDS):
+        if self.is_from_ensemble(requested):
+            asked |= _ENSEMBLE_LAST
+        elif requested != self.outputs:
             asked |= requested & _OPTIONAL
         return frozenset(asked | (requested & self.outputs & _IDS))
+
+    def is_from_ensemble(self, requested: frozenset[str]) -> bool:
+        """Whether a request with these outputs came by way of an ensemble: it is asked for all that the ensemble has a
+        use for, which is everything but the ids."""
+        return requested != self.outputs and requested == self.outputs - _IDS
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

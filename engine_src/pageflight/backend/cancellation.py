@@ -1,4 +1,7 @@
-"""Notices clients that have gone. Triton tells it only when asked, and asking is an exchange between processes."""
+"""Notices clients that have gone, and passes on their word that they have.
+
+Triton tells of the first only when asked, and asking is an exchange between processes.
+"""
 
 from __future__ import annotations
 

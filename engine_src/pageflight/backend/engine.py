@@ -18,8 +18,10 @@ from pageflight.core import wire
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
 from pageflight.core.manifest import EngineManifest
+from pageflight.loop.address import instance_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.local import make_supervisor
+from pageflight.loop.sibling_stops import SiblingStops
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,11 @@ class EngineModel(FrontModel):
         self._supervisor.start()
         try:
             super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
+            folders = [
+                instance_address(settings.repository, settings.name, index, server_pid=settings.server_pid).folder
+                for index in range(settings.num_instances)
+            ]
+            self._stops = SiblingStops(folders, settings.instance, self.watch.cancel)
         except BaseException:
             self._supervisor.close(0.0)
             raise
@@ -51,7 +58,7 @@ class EngineModel(FrontModel):
         return prompt_ids, self._wishes(row), lambda: self.builder.tokenizer.decode(prompt_ids)
 
     def serve(self, request: triton.TritonRequest) -> None:
-        if not self._stops(request):
+        if not self._has_stopped(request):
             super().serve(request)
 
     def start(self) -> None:
@@ -66,15 +73,18 @@ class EngineModel(FrontModel):
 
     def close(self) -> None:
         super().close()
+        self._stops.close()
         self._supervisor.close(DRAIN_S)
 
-    def _stops(self, request: triton.TritonRequest) -> bool:
+    def _has_stopped(self, request: triton.TritonRequest) -> bool:
         """TensorRT-LLM's way to cancel: a request with `stop` set and the id of the open one."""
         if not any(tensor.name() == "stop" and tensor.as_numpy().any() for tensor in request.inputs()):
             return False
         reply = Reply(request.get_response_sender())
         number = request.request_id()
-        if self.watch.cancel(number):
+        if not number:
+            reply.fail(InvalidArgument("stop", True, "needs the id of the request to cancel, as this request's own"))
+        elif self._stops.cancel(number):
             reply.end_empty()
         else:
             reply.fail(InvalidArgument("stop", number, "no request with this id is open"))

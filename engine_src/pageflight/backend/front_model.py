@@ -10,11 +10,11 @@ from pageflight.backend import triton
 from pageflight.backend.answer import Answer, AnswerForm, Reply
 from pageflight.backend.cancellation import CancellationWatch
 from pageflight.backend.generations import GenerationBuilder, TokenWishes
-from pageflight.backend.inputs import Row, parameters_of, rows_of
+from pageflight.backend.inputs import Row, add_timeout, parameters_of, rows_of
 from pageflight.backend.options import Options
 from pageflight.backend.settings import ModelSettings
 from pageflight.core import wire
-from pageflight.core.errors import PageflightError, Unsupported
+from pageflight.core.errors import InvalidArgument, PageflightError, Unsupported
 from pageflight.core.manifest import EngineManifest
 from pageflight.loop.address import CoreAddress, instance_address
 from pageflight.loop.front import Front
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 DRAIN_S = 20.0
 """Open requests may finish for so long when the model is unloaded. The server itself has waited for them before."""
 FIRST_READY_S = 60.0
+
+_ENSEMBLE_SPELLINGS = {engine: ensemble for ensemble, engine in wire.ENSEMBLE_TO_ENGINE.items()}
+_ENSEMBLE_PROMPT = wire.ENSEMBLE_INPUTS[0].name
 
 
 def read_settings(args: Mapping[str, str]) -> ModelSettings:
@@ -46,6 +49,22 @@ class Job:
 
     generation: Generation
     answer: Answer
+    spellings: Mapping[str, str]
+    """What the client calls the options, by the names that later checks give them."""
+
+
+def as_spelt(error: InvalidArgument, spellings: Mapping[str, str]) -> InvalidArgument:
+    """The same error about the option as the client calls it."""
+    return type(error)(spellings.get(error.option, error.option), error.value, error.limit)
+
+
+def check_token_ids(options: Options, vocab_size: int) -> None:
+    """The ids at which to end, under their own names: later checks know them as one list. Raises InvalidArgument."""
+    for name, ids in (("end_id", (options.get("end_id", -1),)), ("stop_token_ids", options.get("stop_token_ids", ()))):
+        outside = [index for index in ids if index >= vocab_size]
+        if outside:
+            minimum = wire.OPTIONS[name].minimum or 0
+            raise InvalidArgument(name, outside[0], f"token ids must be {minimum:g} to {vocab_size - 1}")
 
 
 class FrontModel:
@@ -60,7 +79,10 @@ class FrontModel:
         may_stream: bool = True,
         publishes_core: bool = False,
     ) -> None:
-        """Returns before the core is ready. Raises ManifestMismatch, CheckpointError, ConfigError."""
+        """`tensors`: the inputs, the prompt first. Returns before the core is ready.
+
+        Raises ManifestMismatch, CheckpointError, ConfigError.
+        """
         self.settings = settings
         self._tensors, self._may_stream = tuple(tensors), may_stream
         manifest = EngineManifest.read(settings.engine_dir)
@@ -112,12 +134,13 @@ class FrontModel:
     def _serve(self, request: triton.TritonRequest, reply: Reply) -> None:
         if not self._was_ready:
             self.front.wait_ready(FIRST_READY_S)
+            self.builder.max_model_len = min(self.builder.max_model_len, self.front.limits.max_model_len)
             self._was_ready = True
         parameters = parameters_of(request)
         rows = list(rows_of(request, is_batched=self.settings.is_batched))
         requested = frozenset(request.requested_output_names())
         reply.expect(len(rows))
-        jobs = [self._job(row, parameters, requested, request.request_id(), reply, len(rows)) for row in rows]
+        jobs = [self._job(row, request, parameters, requested, reply, len(rows)) for row in rows]
         submitted: list[int] = []
 
         def cancel() -> None:
@@ -126,7 +149,10 @@ class FrontModel:
 
         try:
             for job in jobs:
-                submitted.append(self.front.submit(job.generation, job.answer.take))
+                try:
+                    submitted.append(self.front.submit(job.generation, job.answer.take))
+                except InvalidArgument as error:
+                    raise as_spelt(error, job.spellings) from None
         except PageflightError:
             cancel()
             raise
@@ -135,19 +161,30 @@ class FrontModel:
     def _job(
         self,
         row: Row,
+        request: triton.TritonRequest,
         parameters: Mapping[str, object],
         requested: frozenset[str],
-        request_id: str,
         reply: Reply,
         num_rows: int,
     ) -> Job:
         options = Options()
-        row.add_options(options, self._tensors)
+        is_from_ensemble = self._form.is_from_ensemble(requested)
+        row.add_options(options, self._tensors, _ENSEMBLE_SPELLINGS if is_from_ensemble else {})
         options.add_parameters(parameters)
+        add_timeout(options, request)
         if not self._may_stream and options.get("stream", False):
             raise Unsupported("stream", True, f"{self.settings.name} answers with one response; another model streams")
-        prompt_ids, wishes, prompt_text = self.prompt_of(row)
-        generation = self.builder.build(prompt_ids, options, wishes, request_id=request_id)
+        spellings = {
+            **options.spellings,
+            "n": options.spellings.get("num_return_sequences", "num_return_sequences"),
+            "prompt": _ENSEMBLE_PROMPT if is_from_ensemble else self._tensors[0].name,
+        }
+        try:
+            check_token_ids(options, self.builder.manifest.vocab_size)
+            prompt_ids, wishes, prompt_text = self.prompt_of(row)
+            generation = self.builder.build(prompt_ids, options, wishes, request_id=request.request_id())
+        except InvalidArgument as error:
+            raise as_spelt(error, spellings) from None
         excludes = options.get("exclude_input_in_output", self.builder.exclude_input_in_output)
         has_prefix = not excludes and not generation.stream
         answer = Answer(
@@ -161,4 +198,4 @@ class FrontModel:
             prefix_ids=prompt_ids if has_prefix else (),
             pad_id=self.builder.pad_id(options),
         )
-        return Job(generation=generation, answer=answer)
+        return Job(generation=generation, answer=answer, spellings=spellings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,6 @@ class Row:
 
     index: int
     arrays: Mapping[str, NDArray[Any]]
-    pads_words: bool
-    """Lists of words may be padded with empty ones: the rows of a batch have lists of one length."""
 
     def text(self, name: str) -> bytes | str:
         """The one string of `name`. Raises InvalidArgument when it is missing."""
@@ -38,20 +37,22 @@ class Row:
     def flag(self, name: str) -> bool:
         return name in self.arrays and bool(self._scalar(name))
 
-    def add_options(self, options: Options, tensors: Iterable[wire.Tensor]) -> None:
-        """Add those of `tensors` that carry an option and are there."""
+    def add_options(
+        self, options: Options, tensors: Iterable[wire.Tensor], spellings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Add those of `tensors` that carry an option and are there. `spellings`: how the client, who does not see
+        these tensors, calls them, where it is otherwise."""
         for tensor in tensors:
             if not tensor.option or tensor.name not in self.arrays:
                 continue
+            spelling = spellings.get(tensor.name, tensor.name)
             values = self.arrays[tensor.name].ravel().tolist()
             if wire.OPTIONS[tensor.option].dims != wire.SCALAR:
-                if self.pads_words and tensor.dtype == "STRING":
-                    values = [value for value in values if value]
-                options.add(tensor.name, values, name=tensor.option)
+                options.add(spelling, values, name=tensor.option)
             elif len(values) == 1:
-                options.add(tensor.name, values[0], name=tensor.option)
+                options.add(spelling, values[0], name=tensor.option)
             else:
-                raise InvalidArgument(tensor.name, f"{len(values)} values", "must be one value")
+                raise InvalidArgument(spelling, f"{len(values)} values", "must be one value")
 
     def _scalar(self, name: str) -> Any:
         array = self.arrays.get(name)
@@ -66,21 +67,31 @@ def rows_of(request: triton.TritonRequest, *, is_batched: bool) -> Iterator[Row]
     """The rows of a request; one where there is no batch dimension. Raises InvalidArgument for an empty batch."""
     arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     if not is_batched:
-        yield Row(0, arrays, False)
+        yield Row(0, arrays)
         return
     sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise InvalidArgument("batch", sorted(sizes), "all inputs must have the same number of rows, at least 1")
     (size,) = sizes
     for index in range(size):
-        yield Row(index, {name: array[index] for name, array in arrays.items()}, size > 1)
+        yield Row(index, {name: array[index] for name, array in arrays.items()})
 
 
 def parameters_of(request: triton.TritonRequest) -> dict[str, Any]:
-    """The request's parameters of the KServe protocol: text, whole numbers, flags."""
+    """The request's parameters of the KServe protocol: text, whole numbers, flags. Raises InvalidArgument."""
     text = request.parameters()
-    parameters: dict[str, Any] = json.loads(text) if text else {}
+    try:
+        parameters: dict[str, Any] = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument("parameters", text, f"cannot be read: {error}") from None
     return parameters
+
+
+def add_timeout(options: Options, request: triton.TritonRequest) -> None:
+    """KServe's `timeout` of a request, in microseconds, is its `timeout_ms` where that is not given; 0 is none."""
+    timeout_us = request.timeout()
+    if timeout_us > 0 and "timeout_ms" not in options:
+        options.add("timeout", min(-(-timeout_us // 1000), wire.INT32_MAX), name="timeout_ms")
 
 
 def word_list(option: str, array: NDArray[Any]) -> tuple[tuple[int, ...], ...]:

@@ -41,16 +41,26 @@ _VLLM_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """vLLM's sampling parameters that are accepted only where they ask for nothing."""
 
+_BIAS_WORDS, _BIAS_WEIGHTS = "embedding_bias_words", "embedding_bias_weights"
+
+_MAX_JSON_DEPTH = 4
+"""Levels of lists and objects in an option's JSON text; what any option means has two."""
+
 
 @dataclass(slots=True)
 class Options:
-    """Checked values by canonical option name; `logit_bias` from `sampling_parameters` by token id."""
+    """Checked values by canonical option name; `logit_bias` from `sampling_parameters` by token id; how the client
+    spelt each option, by canonical name."""
 
     values: dict[str, Any] = field(default_factory=dict)
     logit_bias: dict[int, float] = field(default_factory=dict)
+    spellings: dict[str, str] = field(default_factory=dict)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value; of the lists of bias words and weights, without the empty words and their weights."""
         assert name in wire.OPTIONS, name
+        if name in (_BIAS_WORDS, _BIAS_WEIGHTS) and name in self.values:
+            return self._bias_of_words(name)
         return self.values.get(name, default)
 
     def __contains__(self, name: str) -> bool:
@@ -74,6 +84,7 @@ class Options:
             return
         if name == "top_k" and checked == -1:
             checked = 0
+        self.spellings.setdefault(name, spelling)
         known = self.values.setdefault(name, checked)
         if not _same(known, checked):
             raise InvalidArgument(spelling, checked, f"was also given as {known!r}")
@@ -89,10 +100,7 @@ class Options:
                 self.add(name, value, from_text=True)
 
     def _add_vllm(self, text: str) -> None:
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise InvalidArgument("sampling_parameters", text, f"must be a JSON object: {error}") from None
+        entries = _from_json("sampling_parameters", text)
         if not isinstance(entries, dict):
             raise InvalidArgument("sampling_parameters", text, "must be a JSON object")
         for name, value in entries.items():
@@ -115,7 +123,14 @@ class Options:
             if value is not False:
                 self.add("return_log_probs", True)
         else:
-            self.add(_VLLM_NAMES.get(name, name), value, from_text=True)
+            self.add(name, value, name=_VLLM_NAMES.get(name, ""), from_text=True)
+
+    def _bias_of_words(self, name: str) -> tuple[Any, ...]:
+        words, weights = self.values.get(_BIAS_WORDS, ()), self.values.get(_BIAS_WEIGHTS, ())
+        entries: tuple[Any, ...] = self.values[name]
+        if name == _BIAS_WEIGHTS and len(words) != len(weights):
+            return entries
+        return tuple(entry for entry, word in zip(entries, words, strict=True) if word)
 
     def _add_logit_bias(self, value: Any) -> None:
         entries = _from_json("logit_bias", value) if isinstance(value, str) else value
@@ -149,9 +164,10 @@ def _check_list(option: wire.Option, spelling: str, value: Any, *, from_text: bo
         raise InvalidArgument(spelling, f"{len(entries)} entries", f"at most {wire.MAX_WORDS} entries")
     checked = tuple(_check_one(option, spelling, entry, from_text=from_text) for entry in entries)
     if option.dtype == "STRING":
+        if option.name != _BIAS_WORDS:  # whose empty words have weights of their own
+            # Clients of TensorRT-LLM send "" for no words, and rows of a batch are padded so to one length.
+            checked = tuple(word for word in checked if word)
         for word in checked:
-            if not word:
-                raise InvalidArgument(spelling, word, "entries must not be empty")
             if len(word) > wire.MAX_WORD_CHARACTERS:
                 raise InvalidArgument(
                     spelling, f"{len(word)} characters", f"entries have at most {wire.MAX_WORD_CHARACTERS} characters"
@@ -214,9 +230,13 @@ def _number(option: wire.Option, spelling: str, value: Any, *, from_text: bool) 
             raise InvalidArgument(spelling, value, option.limit) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidArgument(spelling, value, option.limit)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InvalidArgument(spelling, value, option.limit) from None
+    if not math.isfinite(number):
         raise InvalidArgument(spelling, value, option.limit)
-    return float(value)
+    return number
 
 
 def _whole(spelling: str, value: Any, limit: str, *, from_text: bool) -> int:
@@ -233,10 +253,26 @@ def _whole(spelling: str, value: Any, limit: str, *, from_text: bool) -> int:
 
 
 def _from_json(spelling: str, text: str) -> Any:
+    """Raises InvalidArgument; also for JSON nested deeper than any option's, which could not even be shown."""
+    too_deep = f"is not valid JSON here: it nests more than {_MAX_JSON_DEPTH} levels"
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise InvalidArgument(spelling, text, f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidArgument(spelling, text, too_deep) from None
+    if _is_deep(value, _MAX_JSON_DEPTH):
+        raise InvalidArgument(spelling, text, too_deep)
+    return value
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    """Whether lists and objects nest in `value` over more than so many levels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return levels == 0 or any(_is_deep(entry, levels - 1) for entry in value)
 
 
 def _same(one: Any, other: Any) -> bool:

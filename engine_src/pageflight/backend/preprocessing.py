@@ -18,6 +18,8 @@ from pageflight.core.manifest import EngineManifest
 from pageflight.text.tokenizer import Tokenizer
 
 _QUERY = "QUERY"
+_PROMPT = "text_input (QUERY)"
+"""What errors call the prompt: clients of an ensemble know it by the first name."""
 
 
 class TritonPythonModel:
@@ -38,7 +40,7 @@ class TritonPythonModel:
     def _answer(self, request: triton.TritonRequest) -> list[triton.TritonTensor]:
         rows = list(rows_of(request, is_batched=True))
         options = [self._options(row) for row in rows]
-        prompts = [self._builder.encode_prompt(_QUERY, as_text(_QUERY, row.text(_QUERY))) for row in rows]
+        prompts = [self._builder.encode_prompt(_PROMPT, as_text(_PROMPT, row.text(_QUERY))) for row in rows]
         end_ids = self._builder.manifest.eos_token_ids
         pad_ids = [self._builder.pad_id(wishes) for wishes in options]
         length = max(len(ids) for ids in prompts)
@@ -52,9 +54,10 @@ class TritonPythonModel:
         ]
         if "max_tokens" in options[0]:
             tensors.append(triton.tensor("REQUEST_OUTPUT_LEN", _column([w.get("max_tokens") for w in options])))
-        for name, option in (("STOP_WORDS_IDS", "stop_words"), ("BAD_WORDS_IDS", "bad_words")):
+        encoders = (("STOP_WORDS_IDS", "stop_words", self._stop_ids), ("BAD_WORDS_IDS", "bad_words", self._bad_ids))
+        for name, option, encode in encoders:
             if option in options[0]:
-                words = [as_word_list(self._builder.encode_word(w) for w in wishes.get(option)) for wishes in options]
+                words = [as_word_list(encode(wishes.get(option))) for wishes in options]
                 width = max(word.shape[1] for word in words)
                 rows_2w = [np.pad(word, ((0, 0), (0, width - word.shape[1])), constant_values=-1) for word in words]
                 tensors.append(triton.tensor(name, np.stack(rows_2w)))
@@ -66,6 +69,12 @@ class TritonPythonModel:
         options = Options()
         row.add_options(options, wire.PREPROCESSING_INPUTS)
         return options
+
+    def _stop_ids(self, words: Sequence[str]) -> Sequence[tuple[int, ...]]:
+        return [self._builder.encode_word(word) for word in words]
+
+    def _bad_ids(self, words: Sequence[str]) -> Sequence[tuple[int, ...]]:
+        return self._builder.word_variants(words)
 
     def _bias(self, options: Options) -> np.typing.NDArray[np.float32]:
         words, weights = options.get("embedding_bias_words", ()), options.get("embedding_bias_weights", ())

@@ -26,7 +26,7 @@ class SchedulerConfig:
     computes the tokens of a step in tiles of so many, and one hardly used costs almost as much as a full one.
     """
 
-    max_num_tokens: int = 512
+    max_num_tokens: int = 256
     max_num_seqs: int = 256
     max_model_len: int = 2048
     max_queue_size: int = 10_000

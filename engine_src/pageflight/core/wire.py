@@ -123,7 +123,7 @@ _OPTIONS = (
         meaning="of the random numbers; with the position it determines them, whatever else is in the batch",
     ),
     _words("stop_words", "the text ends before the first of these"),
-    _words("bad_words", "must not appear"),
+    _words("bad_words", "must not appear, as they are tokenized alone and after a space"),
     Option(
         name="stop_token_ids",
         dtype="INT32",
@@ -350,4 +350,6 @@ RETURN_OPTIONS: dict[str, tuple[str, ...]] = {
         "last_token_time_ns",
     ),
 }
-"""Which outputs each `return_…` option asks for. A client may also ask for outputs by naming them in its request."""
+"""Which outputs each `return_…` option asks for. Clients of `NAME` and `engine` may also ask by naming the outputs in
+their request. Triton does not tell the steps of an ensemble what its client named: with the last response of `ensemble`
+come `finish_reason` and the two counts, unless the client named others only, and the rest on its `return_…` option."""

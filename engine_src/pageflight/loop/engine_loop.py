@@ -43,6 +43,10 @@ class Shutdown:
     """End the open sequences as cancelled and leave the loop."""
 
 
+LINGER_SHARE = 0.05
+LINGER_LIMIT_S = 0.005
+"""How long the loop may wait for the successors of requests that ended: a share of a step, within this limit."""
+
 Command = Submit | Cancel | Drain | Shutdown
 
 
@@ -85,7 +89,7 @@ class EngineLoop:
         self._report = report
         self._report_interval_s = report_interval_s
         self._next_report_s = 0.0
-        self._is_idle_reported = False
+        self._is_idle_reported = True
 
     def run(self) -> None:
         """Step until a Drain has run dry or a Shutdown came."""
@@ -103,16 +107,37 @@ class EngineLoop:
             self.is_finished = self.is_finished or (self.scheduler.is_draining and not self.scheduler.has_work)
             self._report_stats(idle=True)
             return
+        started_s = self.clock()
         self.runner.submit(plan)
         self._publish()
         self._publish_endings()
         result = self.runner.collect()
-        self._unpublished = self.scheduler.settle(plan, result, self.clock())
+        now_s = self.clock()
+        self._unpublished = self.scheduler.settle(plan, result, now_s)
+        if self._unpublished.finished and not self.scheduler.num_waiting:
+            self._await_successors(len(self._unpublished.finished), now_s - started_s)
         self._report_stats(idle=False)
+
+    def _await_successors(self, num_ended: int, step_s: float) -> None:
+        """Clients that send one request after another send the next as soon as they have their answer.
+
+        It would arrive just after the next step has begun and wait all of it for a row that stands empty. So the news
+        goes out at once, and the loop waits for as many requests as ended, for a small share of a step.
+        """
+        deadline_s = self.clock() + min(LINGER_SHARE * step_s, LINGER_LIMIT_S)
+        self._publish()
+        while num_ended > 0 and (left_s := deadline_s - self.clock()) > 0:
+            commands = self.mailbox.receive(left_s)
+            if not commands:
+                return
+            for command in commands:
+                self._obey(command)
+                num_ended -= isinstance(command, Submit)
 
     def _patience_s(self) -> float | None:
         """How long to wait for commands: not at all while there is work or news, for ever when there is neither."""
-        if self.scheduler.has_work or self._unpublished is not None or self.scheduler.is_draining:
+        is_told = self._report is None or self._is_idle_reported  # that nothing runs any more
+        if self.scheduler.has_work or self._unpublished is not None or self.scheduler.is_draining or not is_told:
             return 0.0
         return None
 

@@ -157,6 +157,11 @@ class Scheduler:
         return endings
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue for a row."""
+        return len(self._waiting)
+
+    @property
     def has_work(self) -> bool:
         """Whether any sequence is open."""
         return bool(self._open)
