@@ -124,8 +124,8 @@ def test_ten_megabyte_prompt_is_refused_quickly(server: Server) -> None:
     [
         ({"text_input": ""}, "text_input (QUERY)=''"),
         ({"text_input": PROMPT, "end_id": 2_000_000_000}, "end_id=2000000000"),
-        ({"text_input": PROMPT, "max_tokens": 1000}, ": max_tokens=1000: at most"),
-        ({"text_input": PROMPT, "top_k": -7}, ": top_k=-7"),
+        ({"text_input": PROMPT, "max_tokens": 1000}, " max_tokens=1000: at most"),
+        ({"text_input": PROMPT, "top_k": -7}, " top_k=-7"),
         ({"text_input": PROMPT, "num_return_sequences": 64, "temperature": 1.0}, "num_return_sequences=64"),
     ],
 )
