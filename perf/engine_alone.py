@@ -3,7 +3,8 @@
     python -m perf.engine_alone --engine REPOSITORY_OR_ENGINE_DIR --plan uniq:8:32:128:64 shared:8:32:512+32:32
 
 Every request asks for exactly `output` tokens. Prints the machine's ceiling first, then one line of JSON for every item
-of the plan, with the ceiling of its workload beside its tokens/s.
+of the plan, with the ceiling of its workload beside its tokens/s. `--deterministic` runs every item without and with
+that setting in turns: a second line then has the share of the first's tokens/s that is left (`of_free`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Load:
         self._next_handle = 0
         self.num_steps = 0
         self.host_s = 0.0
+
+    def close(self) -> None:
+        self._engine.runner.close()
 
     def run(self, workload: Workload, seed: int) -> list[figures.Answer]:
         """Answers in the order in which they were sent."""
@@ -115,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--kv-memory", type=int, default=0, help="bytes; 0: from free memory")
     parser.add_argument("--no-prefix-cache", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="measure every item without and with it, in turns")
     parser.add_argument("--ahead", action="store_true", help="plan the next step while one runs")
     parser.add_argument("--repeat", type=int, default=1, help="runs of every item; the median by tokens/s is reported")
     parser.add_argument("--seed", type=int, default=1)
@@ -122,23 +127,46 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def make_load(engine: LoadedEngine, config: SchedulerConfig, *, ahead: bool) -> Load:
+    """A scheduler for `engine`, warmed up."""
+    limits = engine.runner.limits
+    settings = replace(
+        config,
+        max_model_len=limits.max_model_len,
+        token_tile=limits.token_tile,
+        replay_rows=limits.replay_rows,
+    )
+    load = Load(engine, Scheduler(settings, engine.capacity.kv, vocab_size=limits.vocab_size), ahead=ahead)
+    for number, item in enumerate(WARM_UP_PLAN):
+        load.run(Workload.parse(item), WARM_UP_SEED + number)
+    return load
+
+
+def median_run(runs: list[figures.Record]) -> figures.Record:
+    """The run whose tokens/s are the median, with those of all."""
+    median = statistics.median_low([run["tok_s"] for run in runs])
+    return next(run for run in runs if run["tok_s"] == median) | {"runs_tok_s": [run["tok_s"] for run in runs]}
+
+
 def main() -> None:
     options = arguments()
     engine_dir = options.engine / "engine" / "1" / "artifacts"
     engine_dir = engine_dir if engine_dir.is_dir() else options.engine
-    config = EngineConfig(
-        kv=KVConfig(memory_bytes=options.kv_memory, prefix_cache=not options.no_prefix_cache),
-        scheduler=SchedulerConfig(max_num_tokens=options.max_num_tokens, max_num_seqs=options.max_num_seqs),
-        num_threads=options.threads,
-    )
-    begin_s = time.perf_counter()
-    engine = load_engine(engine_dir, config)
-    manifest, limits = engine.manifest, engine.runner.limits
-    print(
-        f"{manifest.name}: {manifest.lowering} {manifest.dtype}, kv {manifest.kv_dtype}, {engine.num_threads} threads, "
-        f"{limits.num_blocks} blocks of {limits.block_size} ({engine.capacity.reason}), "
-        f"loaded in {time.perf_counter() - begin_s:.1f} s"
-    )
+    kv = KVConfig(memory_bytes=options.kv_memory, prefix_cache=not options.no_prefix_cache)
+    loads: list[Load] = []
+    for deterministic in (False, True) if options.deterministic else (False,):
+        scheduler = SchedulerConfig(
+            max_num_tokens=options.max_num_tokens, max_num_seqs=options.max_num_seqs, deterministic=deterministic
+        )
+        begin_s = time.perf_counter()
+        engine = load_engine(engine_dir, EngineConfig(kv=kv, scheduler=scheduler, num_threads=options.threads))
+        manifest, limits = engine.manifest, engine.runner.limits
+        print(
+            f"{manifest.name}: {manifest.lowering} {manifest.dtype}, kv {manifest.kv_dtype}, {engine.num_threads}"
+            f" threads, {limits.num_blocks} blocks of {limits.block_size} ({engine.capacity.reason}),"
+            f" {deterministic=}, loaded in {time.perf_counter() - begin_s:.1f} s"
+        )
+        loads.append(make_load(engine, scheduler, ahead=options.ahead))
     weights, weight_type = weights_of(manifest), ceiling.WeightType(manifest.dtype)
     machine = ceiling.measure(engine.num_threads, [weight_type])
     print(
@@ -146,35 +174,31 @@ def main() -> None:
         f"multiplies {machine.flops_per_s[weight_type] / 1e9:.0f} GFLOP/s; "
         f"{weights.step_bytes(weight_type) / 1e6:.1f} MB of weights per step"
     )
-    scheduler = Scheduler(
-        replace(config.scheduler, max_model_len=limits.max_model_len, token_tile=limits.token_tile),
-        engine.capacity.kv,
-        vocab_size=limits.vocab_size,
-    )
-    load = Load(engine, scheduler, ahead=options.ahead)
-    for number, item in enumerate(WARM_UP_PLAN):
-        load.run(Workload.parse(item), WARM_UP_SEED + options.seed + number)
     for number, item in enumerate(options.plan):
         workload = Workload.parse(item)
-        runs = [measure(load, workload, options.seed + number + 1000 * turn) for turn in range(options.repeat)]
-        median = statistics.median_low([run["tok_s"] for run in runs])
+        seeds = [options.seed + number + 1000 * turn for turn in range(options.repeat)]
+        turns = [[measure(load, workload, seed) for load in loads] for seed in seeds]
         bound = ceiling.tokens_per_s(machine, weights, weight_type, workload)
-        record = {
-            "label": options.label,
-            "model": manifest.name,
-            "dtype": manifest.dtype,
-            "kv_dtype": manifest.kv_dtype,
-            "max_num_tokens": options.max_num_tokens,
-            **next(run for run in runs if run["tok_s"] == median),
-            "runs_tok_s": [run["tok_s"] for run in runs],
-            "ceiling_tok_s": round(bound, 1),
-            "of_ceiling": round(median / bound, 3),
-            **figures.machine(),
-        }
-        print(json.dumps(record), flush=True)
-        if options.out is not None:
-            figures.append(options.out, record)
-    engine.runner.close()
+        medians = [median_run(list(runs)) for runs in zip(*turns, strict=True)]
+        for run, deterministic in zip(medians, (False, True), strict=False):
+            record = {
+                "label": options.label,
+                "model": manifest.name,
+                "dtype": manifest.dtype,
+                "kv_dtype": manifest.kv_dtype,
+                "max_num_tokens": options.max_num_tokens,
+                "deterministic": deterministic,
+                **run,
+                "of_free": round(run["tok_s"] / medians[0]["tok_s"], 3),
+                "ceiling_tok_s": round(bound, 1),
+                "of_ceiling": round(run["tok_s"] / bound, 3),
+                **figures.machine(),
+            }
+            print(json.dumps(record), flush=True)
+            if options.out is not None:
+                figures.append(options.out, record)
+    for load in loads:
+        load.close()
 
 
 if __name__ == "__main__":

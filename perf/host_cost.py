@@ -15,39 +15,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pageflight.core.config import KVConfig, SchedulerConfig
-from pageflight.core.request import Request, SamplingParams
-from pageflight.loop.address import private_address
-from pageflight.loop.client import CoreClient
-from pageflight.loop.frames import CoreLimits, Hello
-from pageflight.loop.mailbox import ZmqMailbox
-from pageflight.runners.base import RunnerLimits
-from pageflight.runners.fake import InstantRunner
-from pageflight.sched.scheduler import Scheduler
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `perf` is not installed, and this may run as a script
 
-VOCAB_SIZE = 8_000
+from perf.decode_steps import Case, decode_steps
+
 NUM_SETTLING_STEPS = 16
 """Decode steps that are not counted: caches of the processor and of the allocator fill."""
 PARTS = ("receive", "plan", "prepare", "publish", "settle")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What runs: sequences that decode, and requests that wait behind them."""
-
-    num_running: int
-    num_waiting: int = 0
-    prompt_len: int = 128
-    num_steps: int = 400
-    block_size: int = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,96 +48,35 @@ class Cost:
         return self.plan + self.settle
 
 
-class Line:
-    """The core's mailbox with one front connected to it, both in this process."""
-
-    def __init__(self, limits: CoreLimits) -> None:
-        self._address = private_address()
-        self._address.create()
-        self.mailbox = ZmqMailbox(self._address, limits, beat=lambda: None)
-        self._client = CoreClient(self._address)
-        until_s = time.monotonic() + 10.0
-        while not any(isinstance(message, Hello) for message in self._client.receive(0.01)):
-            if time.monotonic() > until_s:
-                raise TimeoutError("the mailbox does not answer its front")
-            self.mailbox.receive(0.01)
-
-    def read(self) -> None:
-        self._client.receive(0.0)
-
-    def close(self) -> None:
-        self._client.close()
-        self.mailbox.close(0.1)
-        self._address.remove()
-
-
 def measure(case: Case) -> Cost:
     """Run one case: prompts first, then the counted decode steps, in which nothing starts or ends."""
-    max_len = case.prompt_len + case.num_steps + NUM_SETTLING_STEPS + 32
-    num_blocks = case.num_running * (max_len // case.block_size + 2)
-    config = SchedulerConfig(
-        max_num_tokens=8192, max_num_seqs=case.num_running, max_model_len=max_len, max_queue_size=20_000
-    )
-    kv = KVConfig(block_size=case.block_size, num_blocks=num_blocks)
-    scheduler = Scheduler(config, kv, vocab_size=VOCAB_SIZE)
-    runner = InstantRunner(
-        RunnerLimits(
-            num_blocks=num_blocks,
-            block_size=case.block_size,
-            max_num_seqs=case.num_running,
-            max_model_len=max_len,
-            vocab_size=VOCAB_SIZE,
-        ),
-        first_id=10,
-    )
-    limits = CoreLimits(
-        max_model_len=max_len,
-        num_blocks=num_blocks,
-        block_size=case.block_size,
-        vocab_size=VOCAB_SIZE,
-        max_num_seqs=case.num_running,
-        max_queue_size=config.max_queue_size,
-    )
-    line = Line(limits)
-    numbers = random.Random(5)
-    front = 1 << 44  # the first front's handles, as the mailbox numbers them
-    for index in range(case.num_running + case.num_waiting):
-        ids = tuple(numbers.choices(range(10, VOCAB_SIZE), k=case.prompt_len))
-        sampling = SamplingParams(max_tokens=max_len - case.prompt_len, stop_token_ids=(2,))
-        scheduler.submit(Request(handle=front | index, prompt_ids=ids, sampling=sampling), 0.0)
-    while scheduler.stats().num_running < case.num_running or scheduler.stats().num_context:
-        plan = scheduler.plan(0.0)
-        assert plan is not None
-        runner.submit(plan)
-        scheduler.settle(plan, runner.collect(), 0.0)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
-    gc.collect()
-    gc.freeze()
-    for step in range(NUM_SETTLING_STEPS + case.num_steps):
-        begin_s = time.perf_counter()
-        line.mailbox.receive(0.0)
-        received_s = time.perf_counter()
-        plan = scheduler.plan(0.0)
-        planned_s = time.perf_counter()
-        assert plan is not None and len(plan.rows) == case.num_running == plan.num_tokens
-        runner.submit(plan)
-        submitted_s = time.perf_counter()
-        result = runner.collect()  # stands for the model and its sampler
-        collected_s = time.perf_counter()
-        events = scheduler.settle(plan, result, 0.0)
-        settled_s = time.perf_counter()
-        line.mailbox.publish(events)
-        published_s = time.perf_counter()
-        line.read()
-        if step >= NUM_SETTLING_STEPS:
-            times["receive"].append(received_s - begin_s)
-            times["plan"].append(planned_s - received_s)
-            times["prepare"].append(submitted_s - planned_s)
-            times["settle"].append(settled_s - collected_s)
-            times["publish"].append(published_s - settled_s)
-    gc.unfreeze()
-    scheduler.check()
-    line.close()
+    with decode_steps(replace(case, num_steps=NUM_SETTLING_STEPS + case.num_steps)) as steps:
+        gc.collect()
+        gc.freeze()
+        for step in range(NUM_SETTLING_STEPS + case.num_steps):
+            begin_s = time.perf_counter()
+            steps.receive()
+            received_s = time.perf_counter()
+            plan = steps.plan()
+            planned_s = time.perf_counter()
+            steps.prepare(plan)
+            prepared_s = time.perf_counter()
+            result = steps.run()
+            ran_s = time.perf_counter()
+            events = steps.settle(plan, result)
+            settled_s = time.perf_counter()
+            steps.publish(events)
+            published_s = time.perf_counter()
+            steps.read()
+            assert len(plan.rows) == case.num_running == plan.num_tokens
+            if step >= NUM_SETTLING_STEPS:
+                times["receive"].append(received_s - begin_s)
+                times["plan"].append(planned_s - received_s)
+                times["prepare"].append(prepared_s - planned_s)
+                times["settle"].append(settled_s - ran_s)
+                times["publish"].append(published_s - settled_s)
+        gc.unfreeze()
     totals = [sum(parts) for parts in zip(*times.values(), strict=True)]
     medians = {part: 1e6 * statistics.median(values) for part, values in times.items()}
     return Cost(**medians, total=1e6 * statistics.median(totals), mean=1e6 * statistics.fmean(totals))
@@ -192,11 +112,14 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block, for both")
     parser.add_argument("--repeats", type=int, default=2, help="runs of every case, in turns; the quickest counts")
     parser.add_argument("--vllm-python", default="", help="interpreter with vLLM, to run its scheduler beside this one")
+    parser.add_argument("--record", action="store_true", help="in turns with recording the run, to see what that costs")
     arguments = parser.parse_args()
     shape = {"prompt_len": arguments.prompt, "num_steps": arguments.steps, "block_size": arguments.block_size}
     cases = [Case(num_running=count, **shape) for count in arguments.running]
     if arguments.waiting_running:
         cases.append(Case(num_running=arguments.waiting_running, num_waiting=arguments.waiting, **shape))
+    if arguments.record:
+        cases = [variant for case in cases for variant in (case, replace(case, recorded=True))]
     ours: dict[Case, Cost] = {}
     theirs: dict[Case, float] = {}
     num_runs, done = arguments.repeats * len(cases), 0
@@ -205,23 +128,23 @@ def main() -> int:
             done += 1
             print(f"\r{done}/{num_runs}: {case.num_running} running", end="", file=sys.stderr, flush=True)
             ours[case] = better(ours.get(case), measure(case))
-            if arguments.vllm_python and not case.num_waiting:
+            if arguments.vllm_python and not case.num_waiting and not case.recorded:
                 theirs[case] = min(theirs.get(case, float("inf")), measure_vllm(arguments.vllm_python, case))
     print(file=sys.stderr)
     print(f"microseconds per decode step, prompt {arguments.prompt}, median of {arguments.steps} steps")
     names = (*PARTS, "total", "mean", "plan+settle", "vLLM", "ratio")
-    print(f"{'running':>8} {'waiting':>8} " + " ".join(f"{name:>11}" for name in names))
+    print(f"{'running':>8} {'waiting':>8} {'recorded':>8} " + " ".join(f"{name:>11}" for name in names))
     lines = []
     for case in cases:
         cost, peer = ours[case], theirs.get(case)
         ratio = None if peer is None else peer / cost.total
         values = (*(getattr(cost, part) for part in PARTS), cost.total, cost.mean, cost.scheduling, peer, ratio)
         shown = " ".join(f"{'-' if value is None else f'{value:.1f}':>11}" for value in values)
-        print(f"{case.num_running:>8} {case.num_waiting:>8} {shown}")
+        print(f"{case.num_running:>8} {case.num_waiting:>8} {case.recorded:>8} {shown}")
         entry = {**asdict(case), **asdict(cost), "plan_and_settle": cost.scheduling}
         if peer is not None:
             entry |= {"vllm_scheduler": peer, "vllm_over_total": ratio, "vllm_over_scheduling": peer / cost.scheduling}
-        lines.append({key: round(value, 2) for key, value in entry.items()})
+        lines.append({key: round(value, 2) if isinstance(value, float) else value for key, value in entry.items()})
     print(json.dumps({"benchmark": "host_cost", "unit": "us", "cases": lines}))
     return 0
 

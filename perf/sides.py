@@ -252,7 +252,8 @@ class GenaiSide:
     def start(self) -> None:
         python = self.peers_dir / "v-ov" / "bin" / "python"
         command = [str(python), "-m", "perf.peers.genai", "--ir", str(self.peers_dir / "ov" / self.folder)]
-        command += ["--precision", "bf16", "--cache-gib", str(self.kv_gib)]
+        arithmetic = "bf16" if _has_bf16() else "f32"  # as our engine computes; emulated bf16 crawls
+        command += ["--precision", arithmetic, "--cache-gib", str(self.kv_gib)]
         command += ["--threads", str(len(os.sched_getaffinity(0)))]
         command += ["--prefix-cache"] if self.prefix_cache else []
         log = self.peers_dir / "logs" / f"{self.label}-{self.folder}.log"
@@ -292,3 +293,9 @@ def is_healthy(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

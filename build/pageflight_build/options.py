@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pageflight.core.config import KVAdmission, SchedulerConfig, SchedulingPolicy
 from pageflight.core.errors import ConfigError
 
 ENGINES = ("openvino", "torch")
@@ -15,6 +16,7 @@ RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NO_LIMIT = 2**31 - 1
+_BYTES = ("kv_memory", "host_kv_memory")
 
 
 def _one_of(option: str, value: str, supported: tuple[str, ...]) -> None:
@@ -23,7 +25,7 @@ def _one_of(option: str, value: str, supported: tuple[str, ...]) -> None:
 
 
 def _at_least(option: str, value: int, least: int) -> None:
-    if not least <= value <= (_NO_LIMIT if option != "kv_memory" else 2**62):
+    if not least <= value <= (2**62 if option in _BYTES else _NO_LIMIT):
         raise ConfigError(f"{option}={value}: must be at least {least}")
 
 
@@ -65,28 +67,60 @@ class EngineOptions:
 class ServingOptions:
     """What ends in `config.pbtxt`: another value here rewrites the configuration and keeps the engine.
 
-    `kv_memory` is in bytes, 0 means computed from free memory; `threads` 0 means all cores shared by the instances.
+    `kv_memory` is in bytes, 0 means computed from free memory; `host_kv_memory` too, 0 is no second level of the cache.
+    `threads` 0 means all cores shared by the instances. `tenants` is the absolute path of a tenants file, empty for
+    none. `response_rate` is what an instance sends per second before it joins tokens of a stream, 0 follows the cores.
+    How requests are served: see `SchedulerConfig`.
     """
 
     kv_memory: int = 0
+    host_kv_memory: int = 0
     max_num_seqs: int = 256
     max_num_tokens: int = 256
     max_queue_size: int = 10_000
+    max_queue_tokens: int = 0
+    scheduling_policy: SchedulingPolicy = "priority"
+    ageing_s: float = 60.0
+    tenants: str = ""
+    kv_admission: KVAdmission = "forecast"
+    kv_watermark: float = 0.01
+    target_inter_token_ms: float = 0.0
+    hang_limit_s: int = 60
     instances: int = 1
     threads: int = 0
     engine_name: str = "engine"
     exclude_input_in_output: bool = True
     default_max_tokens: int = 256
+    response_rate: int = 0
     prefix_cache: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_tokens", "max_queue_size", "instances", "default_max_tokens"):
+        counts = ("max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "instances", "default_max_tokens")
+        for name in counts:
             _at_least(name, getattr(self, name), 1)
-        for name in ("kv_memory", "threads"):
+        for name in (*_BYTES, "threads", "response_rate"):
             _at_least(name, getattr(self, name), 0)
+        self.scheduler(max_model_len=1)  # refuses what cannot work
         if self.instances > 64:
             raise ConfigError(f"instances={self.instances}: at most 64 fit one server")
         check_name("engine_name", self.engine_name)
+
+    def scheduler(self, *, max_model_len: int) -> SchedulerConfig:
+        """The scheduler's part of these options, its tenants without what the file says."""
+        return SchedulerConfig(
+            max_num_tokens=self.max_num_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=max_model_len,
+            max_queue_size=self.max_queue_size,
+            max_queue_tokens=self.max_queue_tokens,
+            scheduling_policy=self.scheduling_policy,
+            ageing_s=self.ageing_s,
+            kv_admission=self.kv_admission,
+            kv_watermark=self.kv_watermark,
+            target_inter_token_ms=self.target_inter_token_ms,
+            deterministic=self.deterministic,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

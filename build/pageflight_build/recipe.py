@@ -150,15 +150,23 @@ class _Engine:
         reference = None
         if source.config.num_parameters <= REFERENCE_MAX_PARAMETERS:
             reference = reference_logits(source.weights, source.config, ids)
-        model = registry.get(manifest.lowering).load(self._folder, num_threads=self._build.serving.threads)
+        lowering, serving = registry.get(manifest.lowering), self._build.serving
+        model = lowering.load(self._folder, num_threads=serving.threads)
         try:
+            if serving.deterministic:
+                most = serving.max_num_tokens + manifest.block_size
+                model = lowering.deterministic(model, name=manifest.title, max_num_tokens=most)
             result = verify(model, ids, dtype=manifest.dtype, kv_dtype=manifest.kv_dtype, reference=reference)
         finally:
             model.close()
+        if serving.deterministic:
+            self._manifest = replace(manifest, deterministic=True)
+            self._manifest.write(self._folder)
         compared = "not compared with a reference (too large)"
         if result.reference_error is not None:
             compared = f"{result.reference_error:.2g} from the reference"
-        return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g})"
+        alike = "; the same bits in any company" if serving.deterministic else ""
+        return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
 
 
 def _run(stages: tuple[Stage, ...], progress: BuildProgress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,8 @@ def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord) -> Pa
         return None
     if manifest.fingerprint != registry.get(manifest.lowering).fingerprint(manifest.dtype):
         return None  # built by another version of the target's software, or on another kind of machine
+    if wanted.serving.deterministic and not manifest.deterministic:
+        return None  # nobody has looked yet whether it can be
     files = [(folder / item.path, item.num_bytes) for item in manifest.files]
     complete = all(path.is_file() and path.stat().st_size == size for path, size in files)
     return folder if complete else None
@@ -95,7 +98,16 @@ def unchanged(record: RepositoryRecord, wanted: ModelRecord) -> bool:
         known is not None
         and (known.engine_inputs, known.serving) == (wanted.engine_inputs, wanted.serving)
         and (known.default or not wanted.default)
+        and _generated_digests(record.models) == record.generated
     )
+
+
+def _generated_digests(models: Sequence[ModelRecord]) -> dict[str, str]:
+    """What this version would generate: another version wrote files that know nothing of newer settings."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        paths = [path for deployment in deployments(models).values() for path in write_repository(root, deployment)]
+        return {path.relative_to(root).as_posix(): file_digest(path) for path in paths}
 
 
 def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
@@ -109,13 +121,24 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             engine_dir=ARTIFACTS.as_posix(),
             instances=model.serving.instances,
             kv_memory=model.serving.kv_memory,
+            host_kv_memory=model.serving.host_kv_memory,
             max_num_seqs=model.serving.max_num_seqs,
             max_num_tokens=model.serving.max_num_tokens,
             max_queue_size=model.serving.max_queue_size,
+            max_queue_tokens=model.serving.max_queue_tokens,
+            scheduling_policy=model.serving.scheduling_policy,
+            ageing_s=model.serving.ageing_s,
+            tenants=model.serving.tenants,
+            kv_admission=model.serving.kv_admission,
+            kv_watermark=model.serving.kv_watermark,
+            target_inter_token_ms=model.serving.target_inter_token_ms,
+            hang_limit_s=model.serving.hang_limit_s,
             num_threads=model.serving.threads,
             prefix_cache=model.serving.prefix_cache,
+            deterministic=model.serving.deterministic,
             exclude_input_in_output=model.serving.exclude_input_in_output,
             default_max_tokens=model.serving.default_max_tokens,
+            response_rate=model.serving.response_rate,
         )
         for model in models
     }

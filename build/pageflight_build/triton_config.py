@@ -32,7 +32,8 @@ class Deployment:
 
     `prefixed`: the repository holds several checkpoints, so every model's name starts with `name`; `is_default` then
     says which of them owns the name `ensemble`. `engine_dir` is relative to the engine model's folder. `kv_memory` is
-    bytes, 0 means computed from free memory; `num_threads` 0 means all cores, shared by the instances.
+    bytes, 0 means computed from free memory; `host_kv_memory` too, 0 means none; `num_threads` 0 means all cores,
+    shared by the instances.
     """
 
     name: str
@@ -44,13 +45,24 @@ class Deployment:
     preprocessing_instances: int = 2
     postprocessing_instances: int = 1
     kv_memory: int = 0
+    host_kv_memory: int = 0
     max_num_seqs: int = 256
     max_num_tokens: int = 256
     max_queue_size: int = 10_000
+    max_queue_tokens: int = 0
+    scheduling_policy: str = "priority"
+    ageing_s: float = 60.0
+    tenants: str = ""
+    kv_admission: str = "forecast"
+    kv_watermark: float = 0.01
+    target_inter_token_ms: float = 0.0
+    hang_limit_s: int = 60
     num_threads: int = 0
     prefix_cache: bool = True
+    deterministic: bool = False
     exclude_input_in_output: bool = True
     default_max_tokens: int = 256
+    response_rate: int = 0
     fake_engine: str = ""
     """JSON of `loop.core_process.FakeEngine`: an engine without a model, to measure and test everything around it."""
 
@@ -92,15 +104,26 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         **engine_dir,
         "exclude_input_in_output": _flag(deployment.exclude_input_in_output),
         "default_max_tokens": str(deployment.default_max_tokens),
+        "response_rate": str(deployment.response_rate),
     }
     engine_settings = {
         **text_settings,
         "kv_memory": str(deployment.kv_memory),
+        "host_kv_memory": str(deployment.host_kv_memory),
         "max_num_seqs": str(deployment.max_num_seqs),
         "max_num_tokens": str(deployment.max_num_tokens),
         "max_queue_size": str(deployment.max_queue_size),
+        "max_queue_tokens": str(deployment.max_queue_tokens),
+        "scheduling_policy": deployment.scheduling_policy,
+        "ageing_s": str(deployment.ageing_s),
+        "tenants": deployment.tenants,
+        "kv_admission": deployment.kv_admission,
+        "kv_watermark": str(deployment.kv_watermark),
+        "target_inter_token_ms": str(deployment.target_inter_token_ms),
+        "hang_limit_s": str(deployment.hang_limit_s),
         "num_threads": str(deployment.num_threads),
         "prefix_cache": _flag(deployment.prefix_cache),
+        "deterministic": _flag(deployment.deterministic),
     }
     if deployment.fake_engine:
         engine_settings["fake_engine"] = deployment.fake_engine

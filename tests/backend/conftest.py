@@ -1,58 +1,21 @@
-"""A stand-in for Triton's module, which exists inside the server's stub processes only, and a small checkpoint."""
+"""A stand-in for Triton's module, and a small checkpoint."""
 
 from __future__ import annotations
 
 import sys
-import types
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import triton_stub  # noqa: F401  must come before what imports Triton's module
+
 from pageflight.backend.generations import GenerationBuilder
 from pageflight.core.manifest import EngineManifest
 from pageflight.text.tokenizer import SpecialTokens, Tokenizer
-
-
-@dataclass
-class Tensor:
-    tensor_name: str
-    array: np.ndarray
-
-    def name(self) -> str:
-        return self.tensor_name
-
-    def as_numpy(self) -> np.ndarray:
-        return self.array
-
-
-@dataclass
-class TritonError:
-    message: str
-    code: str = "INTERNAL"
-
-
-for _code in ("INTERNAL", "INVALID_ARG", "UNAVAILABLE", "CANCELLED"):
-    setattr(TritonError, _code, _code)
-
-
-@dataclass
-class InferenceResponse:
-    output_tensors: list[Tensor] = field(default_factory=list)
-    error: TritonError | None = None
-
-
-def _install() -> None:
-    module: Any = types.ModuleType("triton_python_backend_utils")
-    module.Tensor, module.TritonError, module.InferenceResponse = Tensor, TritonError, InferenceResponse
-    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
-    sys.modules.setdefault("triton_python_backend_utils", module)
-
-
-_install()
 
 EOS = 3
 

@@ -44,6 +44,17 @@ def test_stop_reaches_the_instance_that_has_the_request(folders: list[Path]) -> 
         each.close()
 
 
+def test_an_instance_ends_although_another_has_taken_its_place(folders: list[Path]) -> None:
+    """A model that was loaded again ended the new instance's thread instead of its own, and hung."""
+    old = SiblingStops(folders, 0, lambda _: False)
+    new = SiblingStops(folders, 0, lambda request_id: request_id == "a")
+    other = SiblingStops(folders, 1, lambda _: False)
+    old.close()
+    assert other.cancel("a")
+    new.close()
+    other.close()
+
+
 def test_instance_that_has_failed_to_cancel_answers_all_the_same(folders: list[Path]) -> None:
     def fails(request_id: str) -> bool:
         raise RuntimeError(request_id)

@@ -9,6 +9,7 @@ from pageflight.backend.generations import GenerationBuilder, TokenWishes
 from pageflight.backend.inputs import as_word_list, word_list
 from pageflight.backend.options import Options
 from pageflight.core.errors import InvalidArgument, PromptTooLong, Unsupported
+from pageflight.loop.open_sequence import request_of
 
 EOS = 3
 
@@ -133,3 +134,14 @@ def test_broken_word_lists_are_refused() -> None:
             word_list("bad_words_list", np.array(broken, dtype=np.int32))
     with pytest.raises(InvalidArgument, match="shape"):
         word_list("bad_words_list", np.zeros((3, 2), np.int32))
+
+
+def test_the_retention_priority_reaches_the_scheduler(builder: GenerationBuilder) -> None:
+    """Without a wish the blocks that a request finds keep the priority that they have."""
+    for given, expected in ((None, None), (0, 0), (80, 80)):
+        options = Options()
+        if given is not None:
+            options.add("kv_retention_priority", given)
+        assert request_of(builder.build((1, 2), options), handle=1).kv_retention_priority == expected
+    with pytest.raises(InvalidArgument, match="from 0 to 100"):
+        Options().add("kv_retention_priority", 101)

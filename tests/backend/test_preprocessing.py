@@ -17,7 +17,9 @@ def ask(builder: GenerationBuilder, **tensors: Any) -> Any:
     model._builder = builder
     arrays = {name: np.array(value) for name, value in {"QUERY": [[b"the fox"]], **tensors}.items()}
     request = SimpleNamespace(
-        inputs=lambda: [Tensor(name, array) for name, array in arrays.items()], request_id=lambda: ""
+        inputs=lambda: [Tensor(name, array) for name, array in arrays.items()],
+        parameters=lambda: "",
+        request_id=lambda: "",
     )
     (response,) = model.execute([request])
     return response

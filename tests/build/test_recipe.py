@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pageflight_build import recipe, swap
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.progress import StageReport
 from pageflight_build.recipe import build
+from pageflight_build.record import RECORD_NAME, file_digest
 from pageflight_build.reference import reference_logits
 
 from .conftest import CONFIG, write_checkpoint
@@ -56,17 +58,18 @@ class Recorded:
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "group_size"),
-    [("fp32", "fp32", 0), ("bf16", "bf16", 0), ("int8", "u8", 0), ("int8", "bf16", 32)],
+    [("fp32", "fp32", 0), ("bf16", None, 0), ("int8", "u8", 0), ("int8", None, 32)],
 )
 def test_a_built_engine_loads_and_says_what_it_is(
-    checkpoint: Path, tmp_path: Path, dtype: str, kv_dtype: str, group_size: int
+    checkpoint: Path, tmp_path: Path, dtype: str, kv_dtype: str | None, group_size: int
 ) -> None:
     """The manifest once named the block size of the options, not the one the loaded engine has."""
     engine = EngineOptions(dtype=dtype, kv_dtype=kv_dtype, group_size=group_size, max_model_len=128)
     result = build(options(checkpoint, tmp_path / "repo", engine=engine))
     manifest = EngineManifest.read(result.engine_dir)
     assert result.engine_dir == tmp_path / "repo" / "engine" / "1" / "artifacts"
-    assert (manifest.dtype, manifest.kv_dtype, manifest.max_model_len) == (dtype, kv_dtype, 128)
+    chosen = kv_dtype or registry.get(manifest.lowering).default_kv_dtype(dtype)
+    assert (manifest.dtype, manifest.kv_dtype, manifest.max_model_len) == (dtype, chosen, 128)
     assert manifest.quant_group_size == group_size
     assert manifest.eos_token_ids == (1,)
     assert {"model.safetensors", "tokenizer/tokenizer.json"} <= {record.path for record in manifest.files}
@@ -83,6 +86,21 @@ def test_the_second_build_of_the_same_changes_nothing(checkpoint: Path, tmp_path
     second = build(options(checkpoint, tmp_path / "repo"), progress)
     assert not first.reused and second.reused and progress.stages == []
     assert {path: path.stat().st_ino for path in (tmp_path / "repo").rglob("*")} == before
+
+
+def test_a_repository_of_an_older_version_is_written_anew(checkpoint: Path, tmp_path: Path) -> None:
+    """After an upgrade the server refused to load it: its files lacked a setting that the new version reads."""
+    root = tmp_path / "repo"
+    first = build(options(checkpoint, root))
+    config, record_path = root / "engine" / "config.pbtxt", root / RECORD_NAME
+    wanted, engine = config.read_text(), (first.engine_dir / "model.safetensors").stat().st_ino
+    config.write_text(wanted.replace("default_max_tokens", "default_tokens"))
+    record = json.loads(record_path.read_text())
+    record["generated"]["engine/config.pbtxt"] = file_digest(config)
+    record_path.write_text(json.dumps(record))
+    second = build(options(checkpoint, root))
+    assert config.read_text() == wanted
+    assert (second.engine_dir / "model.safetensors").stat().st_ino == engine, "the engine itself is kept"
 
 
 @pytest.mark.parametrize("changed", ["weights", "tokenizer", "dtype", "missing engine file"])
@@ -116,6 +134,30 @@ def test_other_serving_options_keep_the_engine(checkpoint: Path, tmp_path: Path)
     assert progress.stages == ["assemble"]
     assert (second.engine_dir / "model.safetensors").stat().st_ino == inode
     assert 'string_value: "7"' in (tmp_path / "repo" / "engine" / "config.pbtxt").read_text()
+
+
+def test_a_deterministic_build_is_verified_once(checkpoint: Path, tmp_path: Path) -> None:
+    """An engine that nobody had tried was served as deterministic, because its weights were there already."""
+    plain = build(options(checkpoint, tmp_path / "repo"))
+    assert not plain.manifest.deterministic
+    wanted = ServingOptions(deterministic=True, threads=2)
+    progress = Recorded()
+    first = build(options(checkpoint, tmp_path / "repo", serving=wanted), progress)
+    assert "verify" in progress.stages and first.manifest.deterministic
+    progress = Recorded()
+    build(options(checkpoint, tmp_path / "repo", serving=replace(wanted, max_num_seqs=7)), progress)
+    assert progress.stages == ["assemble"]
+    config = (tmp_path / "repo" / "engine" / "config.pbtxt").read_text()
+    assert re.search(r'key: "deterministic"\s+value {\s+string_value: "true"', config)
+
+
+def test_a_build_that_cannot_be_deterministic_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pageflight.lowering.company.Company.first_difference", lambda self, sizes: "a row differs")
+    with pytest.raises(ConfigError, match=r"deterministic=True: .*lowering openvino.*a row differs"):
+        build(options(checkpoint, tmp_path / "repo", serving=ServingOptions(deterministic=True)))
+    assert not (tmp_path / "repo").exists()
 
 
 def test_two_checkpoints_share_a_repository(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest, FileRecord
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes
 
-COMMANDS = ("build", "serve", "up", "generate", "chat", "inspect")
+COMMANDS = ("build", "serve", "up", "generate", "chat", "inspect", "replay")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -49,6 +49,9 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
         (["generate", "x", "--url", "localhost:8000"], "write http://HOST:PORT"),
         (["generate", "x", "-p", "temperature"], "write NAME=VALUE"),
         (["generate", "x", "--url", "http://localhost:9"], "start a server"),
+        (["generate", "x", "--record", "run.rec"], "they need --local"),
+        (["replay", "./no/such.rec"], "No such file"),
+        (["replay", __file__], "is no recording"),
     ],
 )
 def test_an_error_is_one_line_that_says_what_to_do(
@@ -77,25 +80,37 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "kv_dtype": "u8",
         "max_model_len": 77,
         "kv_memory": "3MiB",
+        "host_kv_memory": "2GiB",
         "max_num_seqs": 5,
         "max_num_tokens": 6,
         "max_queue_size": 7,
+        "max_queue_tokens": 10,
+        "scheduling_policy": "fair",
+        "ageing_s": 11.0,
+        "tenants": tmp_path / "tenants.json",
+        "kv_admission": "reserve",
+        "kv_watermark": 0.5,
+        "target_inter_token_ms": 12.0,
+        "hang_limit_s": 11,
         "instances": 2,
         "threads": 3,
         "prefix_cache": False,
+        "deterministic": True,
         "default_max_tokens": 8,
+        "response_rate": 9,
         "exclude_input_in_output": False,
         "engine_name": "tensorrt_llm",
         "default": True,
         "force": True,
     }
+    (tmp_path / "tenants.json").write_text("{}")
     assert set(given) == {field.name for field in fields(BuildFlags)}
     options = BuildFlags(**given).options(str(tmp_path), tmp_path / "repo")
     defaults = BuildOptions(checkpoint=tmp_path, repository=tmp_path, name="x")
     for group, reference in ((options.engine, defaults.engine), (options.serving, defaults.serving)):
         for field in fields(group):
             assert getattr(group, field.name) != getattr(reference, field.name), field.name
-    assert options.serving.kv_memory == 3 * 1024**2
+    assert options.serving.kv_memory == 3 * 1024**2 and options.serving.tenants == str(tmp_path / "tenants.json")
     assert (options.name, options.default, options.force) == ("other", True, True)
 
 
@@ -144,12 +159,19 @@ def test_engine_options_out_of_range_are_refused_by_name(changes: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "name", ["max_num_seqs", "max_num_tokens", "max_queue_size", "instances", "default_max_tokens"]
+    "name", ["max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "instances", "default_max_tokens"]
 )
 def test_serving_options_out_of_range_are_refused_by_name(name: str) -> None:
     """A server with 0 sequences starts, and answers nobody."""
     with pytest.raises(ConfigError, match=name):
         ServingOptions(**{name: 0})
+
+
+def test_a_tenants_file_with_a_mistake_ends_the_build(tmp_path: Path) -> None:
+    """The server found it at start, ten minutes later."""
+    (tmp_path / "tenants.json").write_text('{"default": {"weight": -1}}')
+    with pytest.raises(ConfigError, match=r"tenants\.json: default\.weight=-1"):
+        BuildFlags(name="x", tenants=tmp_path / "tenants.json").options(str(tmp_path), tmp_path / "repo")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "ensemble", "a" * 200, "engine"])

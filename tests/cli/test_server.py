@@ -178,7 +178,15 @@ def test_a_server_that_does_not_end_is_ended(fake: Path, tmp_path: Path, monkeyp
     """A hanging server kept its port until the machine was restarted."""
     process = start(fake, "hangs", free_ports(), tmp_path / "note")
     process.wait_ready(lambda text: None)
-    assert process.drain(-14.5, lambda text: None) == -signal.SIGKILL
+    monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.5)
+    assert process.drain(5, lambda text: None) == -signal.SIGKILL
+
+
+def test_a_server_is_not_waited_for_without_hope(fake: Path, tmp_path: Path) -> None:
+    """A model that could not be unloaded held the server for as long as open requests would have had."""
+    process = start(fake, "hangs", free_ports(), tmp_path / "note")
+    process.wait_ready(lambda text: None)
+    assert process.drain(1e6, lambda text: None, is_hopeless=lambda: True) == -signal.SIGKILL
 
 
 def test_the_server_does_not_outlive_its_starter(fake: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from servers import Server, running_server
 from tiny_checkpoint import make_tiny_checkpoint
 
+from pageflight.loop.watch import Watch
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.recipe import build
 from pageflight_build.triton_config import Deployment, write_repository
@@ -38,10 +39,17 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.fixture(scope="session")
-def server(repository: tuple[Path, int]) -> Iterator[Server]:
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine of `server` records everything that it is asked for."""
+    return tmp_path_factory.mktemp("recordings")
+
+
+@pytest.fixture(scope="session")
+def server(repository: tuple[Path, int], recordings: Path) -> Iterator[Server]:
     """The real thing: a tiny model in fp32, so that equal requests give equal text whatever runs beside them."""
     folder, vocab_size = repository
-    with running_server(folder, NAME, vocab_size) as running:
+    watch = Watch(record=str(recordings / "run.rec"), check_invariants=1)
+    with running_server(folder, NAME, vocab_size, watch=watch) as running:
         yield running
 
 

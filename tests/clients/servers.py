@@ -14,6 +14,7 @@ import requests
 
 from pageflight.cli.server_process import Ports, ServerProcess
 from pageflight.cli.tritonserver import server_command
+from pageflight.loop.watch import Watch
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
@@ -33,6 +34,7 @@ class Server:
     name: str
     vocab_size: int
     ports: Ports
+    process: ServerProcess
 
     @property
     def grpc(self) -> str:
@@ -61,28 +63,35 @@ class Server:
 
 
 @contextmanager
-def running_server(repository: Path, name: str, vocab_size: int, further: Sequence[str] = ()) -> Iterator[Server]:
-    ports = _free_ports()
+def running_server(
+    repository: Path,
+    name: str,
+    vocab_size: int,
+    further: Sequence[str] = (),
+    watch: Watch | None = None,
+    exit_timeout_s: int = 5,
+) -> Iterator[Server]:
+    ports = free_ports()
     command = server_command(
         repository,
         http_port=ports.http,
         grpc_port=ports.grpc,
         metrics_port=ports.metrics,
         host="127.0.0.1",
-        exit_timeout_s=5,
+        exit_timeout_s=exit_timeout_s,
         further=further,
-    )
+    ).with_environment((watch or Watch()).to_environment())
     process = ServerProcess(command.arguments, command.environment, ports, verbose=False)
     try:
         process.wait_ready(lambda text: None)
-        yield Server(name=name, vocab_size=vocab_size, ports=ports)
+        yield Server(name=name, vocab_size=vocab_size, ports=ports, process=process)
         process.drain(10.0, lambda text: None)
     finally:
         process.kill()
         process.wait()
 
 
-def _free_ports() -> Ports:
+def free_ports() -> Ports:
     sockets = [socket.socket() for _ in range(3)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))

@@ -74,20 +74,98 @@ def test_check_finds_a_block_that_its_holder_forgot() -> None:
         pool.check(blocks[:1])
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["allocate", "share", "release", "keep"]), st.integers(0, 9)), max_size=60))
-def test_any_order_of_operations_keeps_every_block_accounted_for(operations: list[tuple[str, int]]) -> None:
-    """Reference counts, the free list and the kept marks are three records of the same facts."""
-    pool = BlockPool(5)
+def test_blocks_of_low_priority_are_reused_first_whatever_was_released_last() -> None:
+    """A system prompt that its owner wants kept aged out at the pace of one-off prompts."""
+    pool = BlockPool(4)
+    high, low, usual, empty = pool.allocate(4)
+    for block, priority in ((high, 100), (low, 0), (usual, 35)):
+        pool.keep(block, priority)
+        pool.release([block])
+    pool.release([empty])
+    order = []
+    for _ in range(4):
+        order.append((pool.next_priority, *pool.allocate(1)))
+    assert order == [(-1, empty), (0, low), (35, usual), (100, high)]
+
+
+def test_a_priority_can_be_raised_and_lowered_while_a_block_is_held() -> None:
+    pool = BlockPool(2)
+    one, other = pool.allocate(2)
+    for block in (one, other):
+        pool.keep(block)
+    pool.keep(one, 36)
+    pool.release([one, other])
+    pool.acquire([one])
+    pool.keep(one, 34)
+    pool.release([one])
+    assert pool.allocate(2) == [one, other]
+
+
+class Model:
+    """The pool as its text describes it: a list of free blocks, searched from end to end."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = [(-1, -block, block) for block in range(num_blocks)]  # priority, order within it, block
+        self.refs = [0] * num_blocks
+        self.priority = [-1] * num_blocks
+        self.clock = 0
+
+    def allocate(self) -> tuple[int, bool]:
+        """The block that is reused next, and whether it had content."""
+        lowest = min(priority for priority, _order, _block in self.free)
+        among = [entry for entry in self.free if entry[0] == lowest]
+        entry = max(among) if lowest < 0 else min(among)  # what is warm, or what was used longest ago
+        self.free.remove(entry)
+        block, was_kept = entry[2], lowest >= 0
+        self.refs[block], self.priority[block] = 1, -1
+        return block, was_kept
+
+    def release(self, block: int) -> None:
+        self.refs[block] -= 1
+        if not self.refs[block]:
+            self.clock += 1
+            self.free.append((self.priority[block], self.clock, block))
+
+    def acquire(self, block: int) -> None:
+        self.refs[block] += 1
+        self.free = [entry for entry in self.free if entry[2] != block]
+
+
+OPERATIONS = ["allocate", "share", "release", "release", "keep", "come back"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 9), st.sampled_from([0, 34, 35, 100])), max_size=80)
+)
+def test_any_order_of_operations_does_what_a_simple_list_would(operations: list[tuple[str, int, int]]) -> None:
+    """Reference counts, levels, the bits of levels that have blocks and the count of free ones are one state."""
+    reused: list[int] = []
+    pool, model = BlockPool(5, on_reuse=reused.append), Model(5)
     held: list[int] = []
-    for name, number in operations:
+    for name, number, priority in operations:
+        idle = sorted(block for kept, _order, block in model.free if kept >= 0)
         if name == "allocate" and number <= pool.num_free:
-            held += pool.allocate(number)
+            reused.clear()
+            expected = [model.allocate() for _ in range(number)]
+            assert pool.allocate(number) == [block for block, _kept in expected]
+            assert reused == [block for block, was_kept in expected if was_kept]
+            held += [block for block, _kept in expected]
         elif held and name == "share":
             held.append(held[number % len(held)])
             pool.acquire(held[-1:])
+            model.acquire(held[-1])
         elif held and name == "release":
-            pool.release([held.pop(number % len(held))])
+            block = held.pop(number % len(held))
+            pool.release([block])
+            model.release(block)
         elif held and name == "keep":
-            pool.keep(held[number % len(held)])
+            block = held[number % len(held)]
+            pool.keep(block, priority)
+            model.priority[block] = priority
+        elif idle and name == "come back":
+            held.append(idle[number % len(idle)])
+            pool.acquire(held[-1:])
+            model.acquire(held[-1])
         pool.check(held)
+        assert pool.num_free == len(model.free)

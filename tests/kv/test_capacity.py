@@ -66,6 +66,13 @@ def test_instances_share_the_memory() -> None:
         (KVConfig(), 150, ["kv_memory=0", "75 bytes", "100"]),
         (KVConfig(num_blocks=-1), GIB, ["num_blocks=-1"]),
         (KVConfig(memory_bytes=-5), GIB, ["kv_memory=-5"]),
+        (KVConfig(host_memory_bytes=-5), GIB, ["host_kv_memory=-5"]),
+        (KVConfig(host_memory_bytes=99), GIB, ["host_kv_memory=99", "100 bytes"]),
+        (
+            KVConfig(memory_bytes=2_000, host_memory_bytes=2_000),
+            3_900,
+            ["host_kv_memory=2000", "at most 1900"],
+        ),
         (KVConfig(block_size=0), GIB, ["block_size=0"]),
     ],
 )
@@ -117,3 +124,10 @@ def test_a_cgroup_v1_limit_counts(tmp_path: Path) -> None:
 def test_without_control_groups_the_machine_decides(tmp_path: Path) -> None:
     memory = free_memory(tmp_path, tmp_path)
     assert memory.num_bytes > 0 and "machine" in memory.source
+
+
+def test_the_host_tier_has_a_size_of_its_own() -> None:
+    """Blocks of the second level are the same bytes in other memory, in addition to the first level's."""
+    capacity = resolve(6_000, kv=KVConfig(memory_bytes=2_000, host_memory_bytes=3_050))
+    assert (capacity.kv.num_blocks, capacity.kv.num_host_blocks) == (20, 30)
+    assert resolve().kv.num_host_blocks == 0

@@ -83,7 +83,9 @@ class Recorder:
     ends: list[tuple[str, int, int]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     stats: list[CoreStats] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)
+    restarts: list[tuple[int, int]] = field(default_factory=list)
+    """Restarts and replayed sequences, once for every core that took over."""
+    num_poisoned: int = 0
 
     def first_token(self, seconds: float) -> None:
         assert seconds >= 0
@@ -104,8 +106,11 @@ class Recorder:
     def core_stats(self, stats: CoreStats) -> None:
         self.stats.append(stats)
 
-    def restarted(self, recomputed_tokens: int) -> None:
-        self.restarts.append(recomputed_tokens)
+    def restarted(self, num_restarts: int, num_replayed: int) -> None:
+        self.restarts.append((num_restarts, num_replayed))
+
+    def poisoned(self) -> None:
+        self.num_poisoned += 1
 
 
 def generation(

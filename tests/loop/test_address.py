@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from pageflight.core.errors import ConfigError
-from pageflight.loop.address import CoreAddress, instance_address, private_address
+from pageflight.loop.address import CoreAddress, instance_address, private_address, process_exists, process_start
 from pageflight.loop.status import CoreStatus, read_status, write_status
 
 
@@ -74,3 +76,27 @@ def test_the_status_file_says_what_was_written(tmp_path: Path) -> None:
     status = CoreStatus(state="lost", supervisor_pid=3, error="ManifestMismatch", message="built for another machine")
     write_status(path, status)
     assert read_status(path) == status and type(status.failure).__name__ == "ManifestMismatch"
+
+
+def test_a_process_that_has_died_does_not_exist() -> None:
+    """Triton takes no note of a dead stub, which stays as a zombie: its fronts waited for the supervisor in it."""
+    process = subprocess.Popen(["sleep", "100"])
+    assert process_exists(process.pid) and process_start(process.pid) == process_start(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not process_exists(process.pid)
+    process.wait()
+    assert not process_exists(process.pid)
+
+
+def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
+    """Numbers come round again."""
+    processes = []
+    for _ in range(2):
+        processes.append(subprocess.Popen(["sleep", "100"]))
+        time.sleep(2 / os.sysconf("SC_CLK_TCK"))
+    assert process_start(processes[0].pid) != process_start(processes[1].pid)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert process_start(2**22 + 1) is None

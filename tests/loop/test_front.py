@@ -248,3 +248,25 @@ def test_close_without_patience_still_gives_every_request_its_end() -> None:
             front.submit(generation(max_tokens=900), sink)
         front.close(0)
         assert [sink.wait().finals[0].finish_reason for sink in sinks] == ["cancelled"] * 5
+
+
+def test_a_server_that_is_about_to_end_takes_nothing_new_and_cuts_off_what_is_open() -> None:
+    """Clients of a server that was shut down heard nothing, or that they had cancelled."""
+    with start_core(SLOW, NumberText()) as owner:
+        is_ending = threading.Event()
+        front = Front(owner._address, NumberText(), recorder := Recorder(), is_ending=is_ending.is_set)
+        front.wait_ready(60)
+        sink = Collector(2)
+        front.submit(generation(max_tokens=900, n=2), sink)
+        sink.wait(lambda: sink.num_ids > 6)
+        assert front.is_ready
+        is_ending.set()
+        assert not front.is_ready
+        with pytest.raises(Draining, match="send it elsewhere"):
+            front.submit(generation(), Collector())
+        assert recorder.refusals == ["Draining"]
+        front.cut_off()
+        finals = sink.wait().finals.values()
+        assert [type(final.error) for final in finals] == [Draining, Draining]
+        assert all("ended before this request" in str(final.error) for final in finals)
+        front.close(0)

@@ -154,6 +154,22 @@ def test_a_front_that_leaves_has_everything_cancelled(line: Line) -> None:
     assert line.commands == [engine_loop.Cancel(handle) for handle in (group, group + 2, single)]
 
 
+def test_the_last_front_gets_no_news_of_those_that_have_left(line: Line) -> None:
+    """With one front left all went to it: tokens and endings of another client's sequence, in its own numbers."""
+    (leaving, hello), (staying, _) = line.connect(), line.connect()
+    stranger = submit(line, leaving, hello, 1)
+    own = submit(line, staying, hello, 1)
+    leaving.send(frames.Leave(hello.epoch, leaving.identity))
+    line.until(lambda: engine_loop.Cancel(stranger) in line.commands, "the sequence is cancelled")
+    line.mailbox.publish(news([stranger, own], [7, 8], (ending(stranger),)))
+    line.mailbox.publish(news([stranger], [7]))
+    line.mailbox.publish(news([own], [9], (ending(own),)))
+    (first, second) = received(staying, StepFrame, 2)
+    assert isinstance(first, StepFrame) and isinstance(second, StepFrame)
+    assert [int32_of(frame.ids).tolist() for frame in (first, second)] == [[8], [9]]
+    assert [len(frame.finished) for frame in (first, second)] == [0, 1]
+
+
 def test_a_refused_request_is_not_cancelled_later(line: Line) -> None:
     """Refused handles stayed on the front's list for ever."""
     client, hello = line.connect()
@@ -202,6 +218,14 @@ def test_statistics_reach_every_front_and_the_loop_shows_life(line: Line) -> Non
 def test_a_stop_from_a_signal_handler_wakes_the_waiting_loop(line: Line) -> None:
     line.mailbox.stop(engine_loop.Drain())
     assert line.mailbox.receive(None) == [engine_loop.Drain()]
+
+
+def test_a_core_that_ends_late_does_not_cut_off_its_successor(line: Line) -> None:
+    """A model that is loaded again starts its core before the old one has ended, and zmq removed its files."""
+    successor = ZmqMailbox(line.address, LIMITS, beat=lambda: None)
+    line.mailbox.close(0.0)
+    line.mailbox = successor
+    line.connect()
 
 
 def test_a_core_that_goes_is_noticed_by_its_fronts(line: Line) -> None:

@@ -24,9 +24,9 @@ def play(wanted: Generation, groups: list[list[int]]) -> list[TokenEvent]:
             break
         sequence.fresh = list(group)
         sequence.fresh_log_probs = [index / 2 for index in group]
-        event = sequence.event(sequence.take())
-        if event is not None:
-            events.append(event)
+        sequence.hold(sequence.take())
+        if wanted.stream:
+            events.append(sequence.event())
     count = len(sequence.output_ids)
     finished = Finished(handle=0, reason="length", num_prompt_tokens=1, num_output_tokens=count)
     events.append(sequence.final_event("", sequence.ending or "length", finished, None))

@@ -64,6 +64,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "quantisable": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
 }
+LONG: dict[str, dict[str, Any]] = {"long": {**SHAPES["quantisable"], "max_position_embeddings": 2048}}
+"""Shapes for single tests: those above take part in many."""
 
 
 @dataclass
@@ -143,7 +145,9 @@ class Workshop:
         """The model in transformers, float32, with logits of about unit deviation."""
         if shape not in self.cache:
             torch.manual_seed(len(shape))
-            model = LlamaForCausalLM(LlamaConfig(**{**BASE, **SHAPES[shape]}, attn_implementation="eager")).eval()
+            model = LlamaForCausalLM(
+                LlamaConfig(**{**BASE, **{**SHAPES, **LONG}[shape]}, attn_implementation="eager")
+            ).eval()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if name.endswith("norm.weight"):
@@ -157,8 +161,9 @@ class Workshop:
         return self.cache[shape]
 
     def engine(self, shape: str, lowering: Lowering, dtype: str, kv_dtype: str, group_size: int = 0) -> Path:
-        """An engine directory as `pageflight build` would make it."""
+        """An engine directory as `pageflight build` would make it; kv_dtype `native` is the lowering's choice here."""
         self.reference(shape)
+        kv_dtype = lowering.default_kv_dtype(dtype) if kv_dtype == "native" else kv_dtype
         folder = self.folder / f"{shape}-{lowering.name}-{dtype}-{group_size}-{kv_dtype}"
         if not folder.exists():
             folder.mkdir()
@@ -198,7 +203,7 @@ class Workshop:
             target: Lowering = OpenVinoLowering(exact=exact) if lowering == "openvino" else TorchLowering()
             model = target.load(self.engine(shape, target, dtype, kv_dtype, group_size), num_threads=2)
             driver = Driver(model)
-            model.allocate(driver.num_blocks)
+            model.allocate(driver.num_blocks, num_host_blocks=6)
             self.cache[key] = driver
         driver = self.cache[key]
         driver.forget()

@@ -27,7 +27,7 @@ def relative_error(found, expected):
 def test_int8_equals_its_own_dequantised_weights(workshop, random_ids, group_size):
     """Scales of one group applied to the next gave plausible but wrong logits."""
     exact = logits_of(
-        workshop.driver("quantisable", "openvino", "int8", "bf16", group_size=group_size, exact=True), random_ids
+        workshop.driver("quantisable", "openvino", "int8", "native", group_size=group_size, exact=True), random_ids
     )
     reference = logits_of(workshop.driver("quantisable", "torch", "int8", "fp32", group_size=group_size), random_ids)
     assert np.abs(exact - reference).max() <= 1e-4
@@ -59,10 +59,10 @@ def test_the_torch_reference_of_int8_equals_transformers_with_dequantised_weight
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "group_size", "limit"),
     [
-        ("bf16", "bf16", 0, 0.03),
+        ("bf16", "native", 0, 0.03),
         ("bf16", "u8", 0, 0.05),
         ("fp32", "u8", 0, 0.03),
-        ("int8", "bf16", 0, 0.1),
+        ("int8", "native", 0, 0.1),
         ("int8", "u8", 64, 0.1),
     ],
 )
@@ -74,7 +74,7 @@ def test_engines_as_built_stay_close_to_float32(workshop, random_ids, dtype, kv_
     assert 1e-5 < error < limit, "an error of zero means the format was not used"
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "u8"])
+@pytest.mark.parametrize("kv_dtype", ["native", "u8"])
 def test_reduced_formats_agree_between_lowerings(workshop, random_ids, kv_dtype):
     """The same format in two programs differs by rounding only."""
     found = logits_of(workshop.driver("quantisable", "openvino", "bf16", kv_dtype), random_ids)
@@ -82,7 +82,7 @@ def test_reduced_formats_agree_between_lowerings(workshop, random_ids, kv_dtype)
     assert relative_error(found, expected) < 0.05
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "u8"])
+@pytest.mark.parametrize("kv_dtype", ["native", "u8"])
 def test_a_forked_block_in_a_reduced_cache_equals_its_source(workshop, random_ids, kv_dtype):
     """Scales live inside the block; a copy without them decoded noise."""
     driver = workshop.driver("quantisable", "openvino", "bf16", kv_dtype)

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.lowering import registry
@@ -21,7 +23,7 @@ def change_manifest(folder, **changes):
 
 @pytest.fixture
 def engine(workshop, tmp_path, lowering):
-    source = workshop.engine("gqa", registry.get(lowering), "bf16", "bf16")
+    source = workshop.engine("gqa", registry.get(lowering), "bf16", "native")
     return shutil.copytree(source, tmp_path / "engine")
 
 
@@ -78,17 +80,37 @@ def test_changed_truncated_and_missing_weights_are_refused(engine, lowering):
     assert "is missing" in refused(engine, lowering)
 
 
-def test_bf16_is_refused_on_a_cpu_without_it(workshop, monkeypatch):
-    """The plugin would emulate it, several times slower, without a word."""
-    engine = workshop.engine("gqa", OpenVinoLowering(), "bf16", "bf16")
+def test_an_engine_that_needs_bf16_arithmetic_is_refused_on_a_cpu_without_it(workshop, tmp_path, monkeypatch):
+    """The plugin would emulate it, a hundred times slower, without a word."""
+    lowering = OpenVinoLowering()
+    engine = workshop.engine("gqa", lowering, "bf16", "native")
+    elsewhere = shutil.copytree(engine, tmp_path / "engine")
+    change_manifest(elsewhere, fingerprint={**lowering.fingerprint("bf16"), "activations": "bf16"}, kv_dtype="bf16")
+    monkeypatch.setattr(OpenVinoLowering, "_has_bf16", lambda self: False)
+    with pytest.raises(ManifestMismatch, match="activations 'bf16', here 'fp32'"):
+        lowering.load(elsewhere, num_threads=1)
+
+
+def test_bf16_weights_run_in_float32_on_a_cpu_without_bf16(workshop, random_ids, monkeypatch):
+    """A checkpoint in bf16 is served on any CPU, with the values of its weights."""
     monkeypatch.setattr(OpenVinoLowering, "_has_bf16", lambda self: False)
     lowering = OpenVinoLowering()
-    with pytest.raises(ConfigError, match="no bf16 arithmetic"):
-        lowering.fingerprint("bf16")
-    with pytest.raises(ManifestMismatch, match="no bf16 arithmetic"):
-        lowering.load(engine, num_threads=1)
-    assert lowering.fingerprint("int8")["activations"] == "fp32"
-    assert lowering.default_kv_dtype("int8") == "fp32"
+    for dtype in ("bf16", "int8"):
+        assert lowering.fingerprint(dtype)["activations"] == "fp32"
+        assert lowering.default_kv_dtype(dtype) == "fp32"
+    ids = random_ids(50)
+    found = workshop.driver("head-80", "openvino", "bf16", "fp32").step({"a": ids})["a"]
+    model = workshop.reference("head-80")
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with torch.inference_mode():
+            for _name, parameter in model.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(parameter.bfloat16().float())
+            expected = model(torch.tensor([ids])).logits[0, -1].numpy()
+    finally:
+        model.load_state_dict(original)
+    assert np.abs(found - expected).max() <= 1e-4
 
 
 def test_unknown_lowerings_and_precisions_are_refused():

@@ -54,6 +54,27 @@ def test_copying_several_blocks_at_once_copies_each(workshop, random_ids, loweri
     assert np.abs(logits["a"] - logits["b"]).max() > 0.1
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp32", "u8"])
+def test_blocks_come_back_from_the_host_as_they_went(workshop, random_ids, lowering, kv_dtype):
+    """Blocks that were overwritten on the device meanwhile: whatever is not copied, a layer or a scale, shows."""
+    driver = workshop.driver("gqa", lowering, kv_dtype=kv_dtype)
+    driver.step({"a": random_ids(75, 1), "b": random_ids(40, 2)})
+    blocks = np.array(driver.tables["a"] + driver.tables["b"], np.int32)
+    slots = np.array([4, 2, 5, 0, 1], np.int32)[: blocks.size]
+    driver.model.copy_out(blocks, slots)
+    expected = driver.step({"a": [5], "b": [6]})
+    driver.forget()
+    driver.step({"c": random_ids(75, 3), "d": random_ids(40, 4), "e": random_ids(75, 5)})
+    other = [driver.free.pop() for _ in blocks]
+    driver.model.copy_in(slots, np.array(other, np.int32))
+    driver.tables["a"], driver.tables["b"] = other[:3], other[3:]
+    for name, length, seed in (("a", 75, 1), ("b", 40, 2)):
+        driver.tokens[name], driver.past[name] = random_ids(length, seed), length
+    logits = driver.step({"a": [5], "b": [6]})
+    for name in "ab":
+        np.testing.assert_array_equal(logits[name], expected[name])
+
+
 def test_a_block_counts_its_bytes(workshop, lowering):
     """Capacity is computed from this number: K and V, all layers, scales included."""
     model = workshop.driver("gqa", lowering).model

@@ -4,8 +4,9 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from pageflight.core.stats import CoreStats
+from pageflight.obs.core_metrics import CoreMetrics
 from pageflight.obs.exporter import Kind
-from pageflight.obs.metrics import CoreMetrics, MetricsFlusher, RequestMetrics, ServingObserver
+from pageflight.obs.metrics import MetricsFlusher, RequestMetrics, ServingObserver
 
 LABELS = {"model": "m", "version": "1"}
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -58,7 +59,7 @@ class Recorder:
 def test_nothing_is_exchanged_before_a_flush() -> None:
     """An exchange with Triton in the token path cost more than sampling the token."""
     recorder = Recorder()
-    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS)
+    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS, is_ready=lambda: True)
     observer = ServingObserver(requests, core)
     observer.first_token(0.1)
     observer.inter_token(0.02, 4)
@@ -70,7 +71,7 @@ def test_nothing_is_exchanged_before_a_flush() -> None:
 
 def test_a_flush_without_news_exchanges_nothing() -> None:
     recorder = Recorder()
-    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS)
+    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS, is_ready=lambda: True)
     requests.first_token(0.1)
     for source in (requests, core):
         source.flush()
@@ -107,11 +108,23 @@ def test_joined_tokens_count_each_with_their_share_of_the_time() -> None:
 
 def test_gauges_follow_and_counters_add_up() -> None:
     recorder = Recorder()
-    core = CoreMetrics(recorder, LABELS)
+    core = CoreMetrics(recorder, LABELS, is_ready=lambda: True)
     core.core_stats(CoreStats(steps=3, num_blocks=10, num_free_blocks=4, generated_tokens=30, max_num_seqs=8))
     core.flush()
-    core.core_stats(CoreStats(steps=4, num_blocks=10, num_free_blocks=10, generated_tokens=45, max_num_seqs=8))
+    core.core_stats(
+        CoreStats(
+            steps=4,
+            num_blocks=10,
+            num_free_blocks=10,
+            generated_tokens=45,
+            max_num_seqs=8,
+            num_waiting_tokens=70,
+            queue_wait_s=1.5,
+        )
+    )
     core.flush()
+    assert recorder.get("pageflight_queue_tokens").value == 70
+    assert recorder.get("pageflight_queue_wait_seconds").value == 1.5
     blocks = "nv_trt_llm_kv_cache_block_metrics"
     assert recorder.get(blocks, kv_cache_block_type="used").value == 0
     assert recorder.get(blocks, kv_cache_block_type="max").value == 10
@@ -119,18 +132,59 @@ def test_gauges_follow_and_counters_add_up() -> None:
     assert recorder.get("pageflight_generated_tokens_total").value == 45
 
 
+def test_the_levels_of_the_cache_are_counted_apart() -> None:
+    """Whether host memory is worth its bytes could not be told from the sum of both levels."""
+    recorder = Recorder()
+    core = CoreMetrics(recorder, LABELS, is_ready=lambda: True)
+    counts = {"queried_tokens": 100, "device_cached_tokens": 30, "host_cached_tokens": 20, "saved_s": 1.5}
+    moves = {"swaps_out": 3, "swaps_in": 2, "blocks_copied_out": 9, "blocks_copied_in": 7}
+    core.core_stats(CoreStats(steps=1, num_host_blocks=50, num_free_host_blocks=40, **counts, **moves))
+    core.flush()
+    hits, swaps, blocks = "pageflight_prefix_cache_hits_total", "pageflight_kv_swaps_total", "pageflight_kv_host_blocks"
+    assert recorder.get("pageflight_prefix_cache_queries_total").value == 100
+    assert recorder.get(hits, level="device").value == 30 and recorder.get(hits, level="host").value == 20
+    assert recorder.get("pageflight_prefix_cache_saved_seconds_total").value == 1.5
+    assert recorder.get(swaps, direction="out").value == 3 and recorder.get(swaps, direction="in").value == 2
+    assert recorder.get("pageflight_kv_copied_blocks_total", direction="in").value == 7
+    assert recorder.get(blocks, kind="used").value == 10 and recorder.get(blocks, kind="max").value == 50
+
+
 def test_counters_go_on_after_a_core_was_restarted() -> None:
     """The new core counts from zero; the difference to the old one's total was negative."""
     recorder = Recorder()
-    core = CoreMetrics(recorder, LABELS)
+    core = CoreMetrics(recorder, LABELS, is_ready=lambda: True)
     core.core_stats(CoreStats(steps=100, generated_tokens=500))
     core.flush()
-    core.restarted(40)
-    core.core_stats(CoreStats(steps=2, generated_tokens=7))
+    core.restarted(2)
+    core.core_stats(CoreStats(steps=2, generated_tokens=7, recomputed_tokens=40))
     core.flush()
     assert recorder.get("pageflight_generated_tokens_total").value == 507
     assert recorder.get("pageflight_recomputed_tokens_total").value == 40
-    assert recorder.get("pageflight_engine_restarts_total").value == 1
+    assert recorder.get("pageflight_engine_restarts_total").value == 2
+
+
+def test_tokens_computed_again_are_counted_once_for_all_models() -> None:
+    """The core counted them, and the front of the core's own model added its estimate of the same."""
+    recorder = Recorder()
+    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS, is_ready=lambda: True)
+    observer = ServingObserver(requests, core)
+    observer.restarted(1, 3)
+    observer.core_stats(CoreStats(steps=2, recomputed_tokens=70))
+    for source in (requests, core):
+        source.flush()
+    assert recorder.get("pageflight_recomputed_tokens_total").value == 70
+    assert recorder.get("pageflight_replayed_sequences_total").value == 3
+
+
+def test_readiness_is_asked_at_every_flush() -> None:
+    """A gauge that only the core's reports moved stayed at 1 when there was no core to report."""
+    recorder, states = Recorder(), [True, False, False, True]
+    core = CoreMetrics(recorder, LABELS, is_ready=lambda: states.pop(0))
+    seen = []
+    for _ in range(4):
+        core.flush()
+        seen.append(recorder.get("pageflight_engine_ready").value)
+    assert seen == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_refusals_and_answers_are_counted_by_reason() -> None:
@@ -148,7 +202,7 @@ def test_refusals_and_answers_are_counted_by_reason() -> None:
 
 def test_series_are_visible_before_anything_happened() -> None:
     recorder = Recorder()
-    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS)
+    requests, core = RequestMetrics(recorder, LABELS), CoreMetrics(recorder, LABELS, is_ready=lambda: True)
     requests.flush()
     core.flush()
     missing = [key for key, series in recorder.series.items() if not (series.is_published or series._kind == "gauge")]

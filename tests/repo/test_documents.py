@@ -45,7 +45,7 @@ def shell_commands(path: Path) -> list[list[str]]:
 
 def test_the_version_is_the_newest_of_the_changelog() -> None:
     """A release went out whose changelog ended one version earlier."""
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest[1] == pageflight.__version__
 
 

@@ -44,7 +44,14 @@ LEAVES = {
 }
 
 
-IN_PROCESS = {"engine_alone.py", "engine_steps.py", "host_cost.py"}
+IN_PROCESS = {
+    "decode_steps.py",
+    "engine_alone.py",
+    "engine_steps.py",
+    "host_cost.py",
+    "host_counts.py",
+    "inter_token.py",
+}
 """Benchmarks of a part alone, measured beside the server; everything else in perf/ is a client."""
 
 

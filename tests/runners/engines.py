@@ -50,23 +50,26 @@ def make_checkpoint(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-def make_engine(checkpoint_dir: Path, folder: Path, lowering: str, max_len: int = MAX_LEN) -> Path:
-    """An fp32 engine directory as `pageflight build` would make it."""
+def make_engine(
+    checkpoint_dir: Path, folder: Path, lowering: str, max_len: int = MAX_LEN, dtype: str = "fp32", kv_dtype: str = ""
+) -> Path:
+    """An engine directory as `pageflight build` would make it; without `kv_dtype` that of the lowering's choice."""
     folder.mkdir()
+    target = registry.get(lowering)
     config, checkpoint = open_checkpoint(checkpoint_dir)
-    path = convert(checkpoint, config, folder / "model.safetensors", dtype="fp32").path
+    path = convert(checkpoint, config, folder / "model.safetensors", dtype=dtype).path
     data = path.read_bytes()
     EngineManifest(
         name="tiny",
         family=config.family,
         lowering=lowering,
-        dtype="fp32",
-        kv_dtype="fp32",
+        dtype=dtype,
+        kv_dtype=kv_dtype or target.default_kv_dtype(dtype),
         block_size=32,
         max_model_len=max_len,
         vocab_size=config.vocab_size,
         model=config.to_json(),
-        fingerprint=registry.get(lowering).fingerprint("fp32"),
+        fingerprint=target.fingerprint(dtype),
         files=(FileRecord(path=path.name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()),),
     ).write(folder)
     return folder
@@ -88,9 +91,21 @@ def load(
     max_num_tokens: int = 64,
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
+    host_memory: int = 0,
+    deterministic: bool = False,
 ) -> tuple[LoadedEngine, SchedulerConfig]:
-    scheduler = SchedulerConfig(max_num_tokens=max_num_tokens, max_num_seqs=max_num_seqs, max_model_len=MAX_LEN)
-    kv = KVConfig(num_blocks=num_blocks, memory_bytes=0 if num_blocks else 1 << 23, prefix_cache=prefix_cache)
+    scheduler = SchedulerConfig(
+        max_num_tokens=max_num_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=MAX_LEN,
+        deterministic=deterministic,
+    )
+    kv = KVConfig(
+        num_blocks=num_blocks,
+        memory_bytes=0 if num_blocks else 1 << 23,
+        prefix_cache=prefix_cache,
+        host_memory_bytes=host_memory,
+    )
     return load_engine(engine_dir, EngineConfig(kv=kv, scheduler=scheduler, num_threads=2)), scheduler
 
 
@@ -102,6 +117,9 @@ def serve(
     max_num_tokens: int = 64,
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
+    host_memory: int = 0,
+    ahead: bool | None = None,
+    deterministic: bool = False,
 ) -> Served:
     """Run the requests to their ends through scheduler, loop and LocalRunner."""
     engine, config = load(
@@ -110,14 +128,15 @@ def serve(
         max_num_tokens=max_num_tokens,
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
+        host_memory=host_memory,
+        deterministic=deterministic,
     )
     limits = engine.runner.limits
-    scheduler = Scheduler(
-        replace(config, max_model_len=limits.max_model_len), engine.capacity.kv, vocab_size=limits.vocab_size
-    )
+    settings = replace(config, max_model_len=limits.max_model_len, replay_rows=limits.replay_rows)
+    scheduler = Scheduler(settings, engine.capacity.kv, vocab_size=limits.vocab_size)
     mailbox = InMemoryMailbox()
     mailbox.send(*[Submit(request) for request in requests], Drain())
-    EngineLoop(scheduler=scheduler, runner=engine.runner, mailbox=mailbox).run()
+    EngineLoop(scheduler=scheduler, runner=engine.runner, mailbox=mailbox, ahead=ahead).run()
     engine.runner.close()
     assert not mailbox.take_rejections()
     ids: dict[int, list[int]] = defaultdict(list)

@@ -74,9 +74,25 @@ def requests(sampling: list[SamplingParams]) -> list[Request]:
         {"max_num_tokens": 13},
         {"max_num_tokens": 16, "prefix_cache": False},
         {"num_blocks": 7, "max_num_tokens": 40},
+        {"num_blocks": 7, "max_num_tokens": 40, "ahead": True},
+        {"max_num_tokens": 64, "ahead": True},
         {"num_blocks": 7, "max_num_tokens": 40, "prefix_cache": False},
+        {"num_blocks": 7, "max_num_tokens": 40, "host_memory": 1 << 20},
+        {"num_blocks": 7, "max_num_tokens": 40, "host_memory": 1 << 20, "ahead": True},
+        {"num_blocks": 7, "max_num_tokens": 40, "host_memory": 1 << 20, "prefix_cache": False},
     ],
-    ids=["whole prompts", "odd chunks", "no prefix cache", "preemption", "preemption without cache"],
+    ids=[
+        "whole prompts",
+        "odd chunks",
+        "no prefix cache",
+        "preemption",
+        "preemption, planned ahead",
+        "planned ahead",
+        "preemption without cache",
+        "swapping",
+        "swapping, planned ahead",
+        "swapping without cache",
+    ],
 )
 def test_greedy_text_equals_transformers(bench: Bench, lowering: str, options: dict[str, int]) -> None:
     served = serve(bench.engines[lowering], requests([SamplingParams(max_tokens=COUNT)] * len(LENGTHS)), **options)
@@ -85,6 +101,7 @@ def test_greedy_text_equals_transformers(bench: Bench, lowering: str, options: d
     assert set(served.reasons.values()) == {"length"}
     if "num_blocks" in options:
         assert served.stats.preemptions > 0, "this cache was meant to be too small"
+        assert (served.stats.swaps_in > 0) == ("host_memory" in options)
     if options["max_num_tokens"] == 13:
         assert max(served.num_cached.values()) >= 32, "the prompts were meant to share a block"
 
@@ -103,11 +120,16 @@ def mixed_sampling() -> list[SamplingParams]:
     ]
 
 
-@pytest.mark.parametrize("num_blocks", [0, 9])
-def test_the_same_seed_gives_the_same_ids_alone_and_in_a_batch(bench: Bench, lowering: str, num_blocks: int) -> None:
-    """Company, chunking, forks and preemption must not be heard in a sequence's random numbers or penalties."""
+@pytest.mark.parametrize(("num_blocks", "host_memory"), [(0, 0), (6, 0), (6, 1 << 20)])
+def test_the_same_seed_gives_the_same_ids_alone_and_in_a_batch(
+    bench: Bench, lowering: str, num_blocks: int, host_memory: int
+) -> None:
+    """Company, chunking, forks, preemption and swaps must not be heard in a sequence's random numbers or penalties."""
     engine = bench.engines[lowering]
-    together = serve(engine, requests(mixed_sampling()), num_blocks=num_blocks, max_num_tokens=24)
+    together = serve(
+        engine, requests(mixed_sampling()), num_blocks=num_blocks, max_num_tokens=24, host_memory=host_memory
+    )
+    assert (together.stats.swaps_in > 0) == bool(host_memory)
     if num_blocks:
         assert together.stats.preemptions > 0, "this cache was meant to be too small"
     for request in requests(mixed_sampling()):

@@ -20,9 +20,12 @@ def step(
     ended: tuple[int, ...] = (),
     table: tuple[tuple[int, int, int], ...] = (),
     copies: tuple[tuple[int, int], ...] = (),
+    outs: tuple[tuple[int, int], ...] = (),
+    ins: tuple[tuple[int, int], ...] = (),
 ) -> list[int]:
     columns = np.array(chunks, np.int64).reshape(-1, 4).T
     updates, moves = np.array(table, np.int32).reshape(-1, 3).T, np.array(copies, np.int32).reshape(-1, 2).T
+    leaving, coming = np.array(outs, np.int32).reshape(-1, 2).T, np.array(ins, np.int32).reshape(-1, 2).T
     plan = StepPlan(
         step=7,
         rows=columns[0].astype(np.int32),
@@ -36,6 +39,10 @@ def step(
         table_blocks=updates[2] if table else None,
         copy_sources=moves[0] if copies else None,
         copy_targets=moves[1] if copies else None,
+        copy_out_blocks=leaving[0] if outs else None,
+        copy_out_slots=leaving[1] if outs else None,
+        copy_in_slots=coming[0] if ins else None,
+        copy_in_blocks=coming[1] if ins else None,
     )
     runner.submit(plan)
     result = runner.collect()
@@ -98,6 +105,27 @@ def test_a_preempted_row_resumes_with_its_output_as_if_nothing_had_happened() ->
     again = step(runner, [(1, 0, 4, True)], starts=(start(1, known, 3, 0, params),), ended=(0,), table=table)
     again += step(runner, [(1, 4, 1, True)])
     assert again == expected[1:]
+
+
+def test_copies_go_out_before_they_come_in_and_both_before_those_between_blocks() -> None:
+    """In one step a block leaves, is fetched back to another place, and from there copied for a fork."""
+    model = ToyModel()
+    runner = LocalRunner(model, num_blocks=12, max_num_seqs=3, max_model_len=16, num_host_blocks=4)
+    prompt = [3, 1, 4, 1, 5]
+    expected = step(runner, [(0, 0, 5, True)], starts=(start(0, prompt, 5),), table=((0, 0, 2), (0, 1, 3)))
+    got = step(
+        runner,
+        [(1, 4, 1, True), (2, 4, 1, True)],
+        starts=(start(1, prompt, 5), start(2, prompt, 5)),
+        ended=(0,),
+        table=((1, 0, 7), (1, 1, 8), (2, 0, 9), (2, 1, 10)),
+        outs=((2, 3), (3, 1)),
+        ins=((3, 7), (1, 8)),
+        copies=((7, 9), (8, 10)),
+    )
+    assert got == expected * 2
+    assert runner.limits.num_host_blocks == 4 and runner.limits.host_copy_s > 0
+    assert runner_on(ToyModel()).limits.host_copy_s == 0
 
 
 def test_a_plan_without_rows_only_changes_state() -> None:

@@ -18,14 +18,15 @@ class ToyModel:
 
     def __init__(self, vocab_size: int = 97, block_size: int = 4) -> None:
         self.vocab_size, self.block_size = vocab_size, block_size
-        self.token_tile = 1
-        self.blocks = np.zeros((0, block_size), np.int64)
+        self.token_tile = self.replay_rows = self.num_threads = 1
+        self.blocks = self.slots = np.zeros((0, block_size), np.int64)
         self.inputs: StepInputs | None = None
         self.closed = False
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         assert not self.blocks.size
         self.blocks = np.full((num_blocks, self.block_size), -1, np.int64)
+        self.slots = np.full((num_host_blocks, self.block_size), -1, np.int64)
 
     def start(self, inputs: StepInputs) -> None:
         assert self.inputs is None
@@ -67,6 +68,12 @@ class ToyModel:
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self.blocks[targets] = self.blocks[sources]
+
+    def copy_out(self, blocks: np.ndarray, slots: np.ndarray) -> None:
+        self.slots[slots] = self.blocks[blocks]
+
+    def copy_in(self, slots: np.ndarray, blocks: np.ndarray) -> None:
+        self.blocks[blocks] = self.slots[slots]
 
     def close(self) -> None:
         self.closed = True

@@ -30,6 +30,8 @@ def sampling(**changes: object) -> Request:
         (replace(GOOD, handle=-1), ["handle=-1"]),
         (replace(GOOD, handle=1 << 63), ["handle="]),
         (replace(GOOD, priority=1 << 40), ["priority="]),
+        (replace(GOOD, kv_retention_priority=101), ["kv_retention_priority=101", "0 to 100"]),
+        (replace(GOOD, kv_retention_priority=-1), ["kv_retention_priority=-1"]),
         (replace(GOOD, deadline_s=float("nan")), ["timeout_ms=nan"]),
         (sampling(max_tokens=0), ["max_tokens=0"]),
         (sampling(min_tokens=5), ["min_tokens=5", "max_tokens=4"]),

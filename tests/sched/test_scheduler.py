@@ -458,7 +458,7 @@ def test_ten_thousand_waiting_do_not_enter_a_step() -> None:
         )
         harness._next_handle += 1
     looked_at = []
-    queue = harness.scheduler._waiting
+    queue = harness.scheduler._batch.waiting
     original = queue.peek
     queue.peek = lambda: looked_at.append(1) or original()  # type: ignore[method-assign, func-returns-value]
     for _ in range(10):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageflight.backend import triton
+from pageflight.backend.ledger import Ledger
 from pageflight.backend.options import Options
+from pageflight.backend.sender_memory import words_of
 from pageflight.core import wire
 from pageflight.core.errors import PageflightError
 from pageflight.core.events import TokenEvent, Usage
@@ -31,7 +34,18 @@ class Reply:
     def __init__(self, sender: triton.Sender) -> None:
         self._sender = sender
         self._num_open = 1
-        self._lock = threading.Lock()  # Triton's sender must not be asked anything after its final response
+        # Triton's sender must not be asked anything after its final response. Reentrant: see `_take_over`.
+        self._lock = threading.RLock()
+        self._ledger: Ledger | None = None
+        self._slot: int | None = None
+        self._request: weakref.ref[triton.TritonRequest] | None = None
+
+    def keep_in(self, ledger: Ledger, request: triton.TritonRequest) -> None:
+        """Have the ledger hold this request until it is over. To be called before anything else is done with it."""
+        self._ledger = ledger
+        self._slot = ledger.enter(words_of(self._sender))
+        # The stub program drops the request object when tritonserver has confirmed that it need not answer any more.
+        self._request = weakref.ref(request, self._take_over)
 
     def expect(self, num_answers: int) -> None:
         """How many answers there will be; before the first response."""
@@ -54,13 +68,18 @@ class Reply:
             if self._num_open == 0:
                 return
             self._num_open -= 1
-            self._sender.send(response, flags=triton.MORE if self._num_open else triton.FINAL)
+            if self._num_open:
+                self._sender.send(response, flags=triton.MORE)
+            else:
+                self._strike()
+                self._sender.send(response, flags=triton.FINAL)
 
     def fail(self, error: PageflightError) -> None:
         """End the whole request with an error, whatever is still open of it."""
         with self._lock:
             if self._num_open:
                 self._num_open = 0
+                self._strike()
                 self._sender.send(triton.error_response(error), flags=triton.FINAL)
 
     def end_empty(self) -> None:
@@ -68,12 +87,25 @@ class Reply:
         with self._lock:
             if self._num_open:
                 self._num_open = 0
+                self._strike()
                 self._sender.send(flags=triton.FINAL)
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone or called the request off. False once it is over."""
         with self._lock:
             return self._num_open > 0 and self._sender.is_cancelled()
+
+    def _take_over(self, _: object) -> None:
+        """On whichever thread drops the request object."""
+        with self._lock:
+            if self._ledger is not None and self._slot is not None:
+                self._ledger.take_over(self._slot)
+
+    def _strike(self) -> None:
+        """Before the final response and not after: a request that ends twice brings tritonserver down."""
+        if self._ledger is not None and self._slot is not None:
+            self._ledger.strike(self._slot)
+            self._slot = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,9 @@ class CancellationWatch:
     With 3 open requests each is asked 100 times a second, with 32 about 10 times. It sleeps while none is open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[], None] = lambda: None) -> None:
+        """`look` is called in every round, on the watch's thread."""
+        self._look = look
         self._changed = threading.Condition()
         self._open: dict[Reply, tuple[str, Callable[[], None]]] = {}
         self._closing = False
@@ -64,6 +66,7 @@ class CancellationWatch:
                 if self._closing:
                     return
                 watched = list(self._open.items())
+            self._look()
             for reply, (_, cancel) in watched:
                 try:
                     cancelled = reply.is_cancelled()

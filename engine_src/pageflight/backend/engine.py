@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import msgspec
 import numpy as np
 
 from pageflight.backend import triton
-from pageflight.backend.answer import Reply
-from pageflight.backend.front_model import DRAIN_S, FrontModel, core_address, read_settings
+from pageflight.backend.front_model import FrontModel, core_address, read_settings
 from pageflight.backend.generations import TokenWishes
 from pageflight.backend.inputs import Row, word_list
 from pageflight.backend.settings import ModelSettings
 from pageflight.core import wire
-from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy
 from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
 from pageflight.core.manifest import EngineManifest
 from pageflight.loop.address import instance_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.local import make_supervisor
 from pageflight.loop.sibling_stops import SiblingStops
+from pageflight.loop.supervisor import SupervisorConfig
+from pageflight.loop.watch import Watch
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
 """Loading a large engine from a slow disk takes its time; a core that hangs meanwhile is noticed by its supervisor."""
+
+CUT_OFF_S = 1.0
+"""What a front needs to end the requests whose time is over."""
 
 
 class EngineModel(FrontModel):
@@ -34,7 +41,8 @@ class EngineModel(FrontModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         address = core_address(settings, settings.name)
-        self._supervisor = make_supervisor(core_spec(settings), address)
+        supervision = SupervisorConfig(hang_limit_s=settings.number("hang_limit_s", 1))
+        self._supervisor = make_supervisor(core_spec(settings), address, config=supervision)
         self._supervisor.start()
         try:
             super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
@@ -72,15 +80,17 @@ class EngineModel(FrontModel):
         super().start()
 
     def close(self) -> None:
+        until_s = time.monotonic() + self.shutdown.left_s()
         super().close()
         self._stops.close()
-        self._supervisor.close(DRAIN_S)
+        # Fronts of other models may have something open in this core; they cut it off themselves at the same time.
+        self._supervisor.close(max(0.0, until_s - time.monotonic()) + CUT_OFF_S)
 
     def _has_stopped(self, request: triton.TritonRequest) -> bool:
         """TensorRT-LLM's way to cancel: a request with `stop` set and the id of the open one."""
         if not any(tensor.name() == "stop" and tensor.as_numpy().any() for tensor in request.inputs()):
             return False
-        reply = Reply(request.get_response_sender())
+        reply = self.reply_to(request)
         number = request.request_id()
         if not number:
             reply.fail(InvalidArgument("stop", True, "needs the id of the request to cancel, as this request's own"))
@@ -116,25 +126,44 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
         fake_engine = msgspec.json.decode(fake, type=FakeEngine) if fake else None
     except msgspec.DecodeError as error:
         raise ConfigError(f"config.pbtxt of {settings.name}: fake_engine={fake!r}: {error}") from None
+    tenants = settings.text("tenants")
     return CoreSpec(
         config=EngineConfig(
             kv=KVConfig(
                 block_size=manifest.block_size,
                 memory_bytes=settings.number("kv_memory", 0),
                 prefix_cache=settings.flag("prefix_cache"),
+                host_memory_bytes=settings.number("host_kv_memory", 0),
             ),
-            scheduler=SchedulerConfig(
-                max_num_tokens=settings.number("max_num_tokens", 1),
-                max_num_seqs=settings.number("max_num_seqs", 1),
-                max_model_len=manifest.max_model_len,
-                max_queue_size=settings.number("max_queue_size", 1),
-            ),
+            scheduler=_scheduler(settings, manifest.max_model_len),
             num_threads=settings.number("num_threads", 0),
         ),
         engine_dir="" if fake_engine is not None else str(settings.engine_dir),
         num_instances=settings.num_instances,
         fake=fake_engine,
+        tenants_file=str(settings.repository / tenants) if tenants else "",
+        instance=settings.instance,
+        watch=Watch.of_environment(os.environ),
     )
+
+
+def _scheduler(settings: ModelSettings, max_model_len: int) -> SchedulerConfig:
+    try:
+        return SchedulerConfig(
+            max_num_tokens=settings.number("max_num_tokens", 1),
+            max_num_seqs=settings.number("max_num_seqs", 1),
+            max_model_len=max_model_len,
+            max_queue_size=settings.number("max_queue_size", 1),
+            max_queue_tokens=settings.number("max_queue_tokens", 0),
+            scheduling_policy=cast(SchedulingPolicy, settings.text("scheduling_policy")),
+            ageing_s=settings.real("ageing_s"),
+            kv_admission=cast(KVAdmission, settings.text("kv_admission")),
+            kv_watermark=settings.real("kv_watermark"),
+            target_inter_token_ms=settings.real("target_inter_token_ms"),
+            deterministic=settings.flag("deterministic"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"config.pbtxt of {settings.name}: {error}") from None
 
 
 class TritonPythonModel:
@@ -150,6 +179,10 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[triton.TritonRequest]) -> None:
         for request in requests:
             self._model.serve(request)
+
+    def is_ready(self) -> bool:
+        """Asked with every readiness check by servers that know this; 2.51 does not."""
+        return self._model.is_ready
 
     def finalize(self) -> None:
         self._model.close()

@@ -11,21 +11,22 @@ from pageflight.backend.answer import Answer, AnswerForm, Reply
 from pageflight.backend.cancellation import CancellationWatch
 from pageflight.backend.generations import GenerationBuilder, TokenWishes
 from pageflight.backend.inputs import Row, add_timeout, parameters_of, rows_of
+from pageflight.backend.ledger import Ledger
 from pageflight.backend.options import Options
 from pageflight.backend.settings import ModelSettings
+from pageflight.backend.shutdown import Shutdown
 from pageflight.core import wire
 from pageflight.core.errors import InvalidArgument, PageflightError, Unsupported
 from pageflight.core.manifest import EngineManifest
 from pageflight.loop.address import CoreAddress, instance_address
 from pageflight.loop.front import Front
 from pageflight.loop.open_sequence import Generation
-from pageflight.obs.metrics import CoreMetrics, MetricsFlusher, RequestMetrics, ServingObserver
+from pageflight.obs.core_metrics import CoreMetrics
+from pageflight.obs.metrics import MetricsFlusher, RequestMetrics, ServingObserver
 from pageflight.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 20.0
-"""Open requests may finish for so long when the model is unloaded. The server itself has waited for them before."""
 FIRST_READY_S = 60.0
 
 _ENSEMBLE_SPELLINGS = {engine: ensemble for ensemble, engine in wire.ENSEMBLE_TO_ENGINE.items()}
@@ -70,6 +71,8 @@ def check_token_ids(options: Options, vocab_size: int) -> None:
 class FrontModel:
     """One instance of a Triton model with a front. Subclasses say what their inputs mean (`prompt_of`)."""
 
+    _ledger: Ledger | None = None
+
     def __init__(
         self,
         settings: ModelSettings,
@@ -84,6 +87,7 @@ class FrontModel:
         Raises ManifestMismatch, CheckpointError, ConfigError.
         """
         self.settings = settings
+        self.shutdown = Shutdown(settings.server_pid)
         self._tensors, self._may_stream = tuple(tensors), may_stream
         manifest = EngineManifest.read(settings.engine_dir)
         self.builder = GenerationBuilder(
@@ -99,19 +103,32 @@ class FrontModel:
         core = None
         if publishes_core:
             instance = {"instance": str(settings.instance)} if settings.num_instances > 1 else {}
-            core = CoreMetrics(exporter, {**labels, **instance})
+            core = CoreMetrics(exporter, {**labels, **instance}, is_ready=lambda: self.front.is_ready)
         self._flusher = MetricsFlusher((requests, core) if core is not None else (requests,))
-        self.front = Front(address, self.builder.tokenizer, ServingObserver(requests, core))
-        self.watch = CancellationWatch()
+        self.front = Front(
+            address,
+            self.builder.tokenizer,
+            ServingObserver(requests, core),
+            response_rate=settings.number("response_rate", 0),
+            is_ending=self.shutdown.has_begun,
+        )
+        self.watch = CancellationWatch(self._end_with_the_server)
         self._was_ready = False
 
     def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
         """The prompt's ids, wishes in token ids, and the prompt's text when it is needed."""
         raise NotImplementedError
 
+    def reply_to(self, request: triton.TritonRequest) -> Reply:
+        """The way back, noted in the ledger."""
+        reply = Reply(request.get_response_sender())
+        if self._ledger is not None:
+            reply.keep_in(self._ledger, request)
+        return reply
+
     def serve(self, request: triton.TritonRequest) -> None:
         """Answer one Triton request, now or later; never raises."""
-        reply = Reply(request.get_response_sender())
+        reply = self.reply_to(request)
         try:
             self._serve(request, reply)
         except PageflightError as error:
@@ -123,18 +140,31 @@ class FrontModel:
     def start(self) -> None:
         """The instance is ready; its metrics may be published."""
         self._flusher.start()
+        self._ledger = Ledger(self.settings, "front")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be computed at once: there is a core, and the server is not about to end."""
+        return self.front.is_ready
 
     def close(self) -> None:
         """Let open requests finish, end the rest, publish the last metrics."""
-        self.front.close(DRAIN_S)
+        self.front.close(self.shutdown.left_s())
         self.watch.close()
         self._flusher.close()
         self._exporter.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _end_with_the_server(self) -> None:
+        if self.shutdown.has_begun() and not self.shutdown.left_s():
+            self.front.cut_off()
 
     def _serve(self, request: triton.TritonRequest, reply: Reply) -> None:
         if not self._was_ready:
             self.front.wait_ready(FIRST_READY_S)
             self.builder.max_model_len = min(self.builder.max_model_len, self.front.limits.max_model_len)
+            self.shutdown.serving()
             self._was_ready = True
         parameters = parameters_of(request)
         rows = list(rows_of(request, is_batched=self.settings.is_batched))

@@ -87,6 +87,7 @@ class GenerationBuilder:
             timeout_ms=options.get("timeout_ms"),
             tenant=options.get("tenant", ""),
             cache_salt=options.get("cache_salt", ""),
+            kv_retention_priority=options.get("kv_retention_priority"),
             skip_special_tokens=options.get("skip_special_tokens", True),
             request_id=request_id,
         )

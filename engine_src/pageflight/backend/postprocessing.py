@@ -13,6 +13,7 @@ import numpy as np
 from pageflight.backend import triton
 from pageflight.backend.front_model import read_settings
 from pageflight.backend.inputs import rows_of
+from pageflight.backend.ledger import Ledger
 from pageflight.backend.serving import answer_each
 from pageflight.core.errors import InvalidArgument, PageflightError
 from pageflight.text.tokenizer import Tokenizer
@@ -27,9 +28,13 @@ class TritonPythonModel:
             self._tokenizer = Tokenizer.load(settings.engine_dir / "tokenizer")
         except PageflightError as error:
             raise triton.start_error(args["model_name"], error) from None
+        self._ledger = Ledger(settings, "postprocessing")
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:
         return answer_each(requests, self._answer)
+
+    def finalize(self) -> None:
+        self._ledger.close()
 
     def _answer(self, request: triton.TritonRequest) -> list[triton.TritonTensor]:
         texts = []

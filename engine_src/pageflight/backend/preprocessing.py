@@ -9,8 +9,10 @@ import numpy as np
 from pageflight.backend import triton
 from pageflight.backend.front_model import read_settings
 from pageflight.backend.generations import GenerationBuilder
-from pageflight.backend.inputs import Row, as_word_list, rows_of
+from pageflight.backend.inputs import Row, as_word_list, parameters_of, rows_of
+from pageflight.backend.ledger import Ledger
 from pageflight.backend.options import Options, as_text
+from pageflight.backend.orphans import end_orphans
 from pageflight.backend.serving import answer_each
 from pageflight.core import wire
 from pageflight.core.errors import InvalidArgument, PageflightError
@@ -33,11 +35,16 @@ class TritonPythonModel:
         except PageflightError as error:
             raise triton.start_error(args["model_name"], error) from None
         self._builder = GenerationBuilder(manifest, tokenizer, default_max_tokens=1, exclude_input_in_output=True)
+        self._ledger = Ledger(settings, "preprocessing")
 
     def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:
         return answer_each(requests, self._answer)
 
+    def finalize(self) -> None:
+        self._ledger.close()
+
     def _answer(self, request: triton.TritonRequest) -> list[triton.TritonTensor]:
+        end_orphans(parameters_of(request), request)
         rows = list(rows_of(request, is_batched=True))
         options = [self._options(row) for row in rows]
         prompts = [self._builder.encode_prompt(_PROMPT, as_text(_PROMPT, row.text(_QUERY))) for row in rows]

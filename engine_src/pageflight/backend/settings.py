@@ -46,7 +46,9 @@ class ModelSettings:
             num_instances=sum(int(group.get("count", 1)) for group in groups) or 1,
             is_batched=int(config.get("max_batch_size", 0)) > 0,
             outputs=frozenset(output["name"] for output in config.get("output", ())),
-            parameters={name: str(entry["string_value"]) for name, entry in config.get("parameters", {}).items()},
+            parameters={
+                name: str(entry.get("string_value", "")) for name, entry in config.get("parameters", {}).items()
+            },
             server_pid=os.getppid(),
         )
 
@@ -55,7 +57,7 @@ class ModelSettings:
         try:
             return self.parameters[name]
         except KeyError:
-            raise ConfigError(f"config.pbtxt of {self.name}: parameter {name!r} is missing") from None
+            raise ConfigError(f"config.pbtxt of {self.name}: parameter {name!r} is missing; build it again") from None
 
     def number(self, name: str, minimum: int) -> int:
         value = self.text(name)
@@ -66,6 +68,13 @@ class ModelSettings:
         if number < minimum:
             raise ConfigError(f"config.pbtxt of {self.name}: {name}={number}: must be at least {minimum}")
         return number
+
+    def real(self, name: str) -> float:
+        value = self.text(name)
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"config.pbtxt of {self.name}: {name}={value!r} is not a number") from None
 
     def flag(self, name: str) -> bool:
         value = self.text(name)

@@ -44,5 +44,9 @@ class TritonPythonModel:
         for request in requests:
             self._model.serve(request)
 
+    def is_ready(self) -> bool:
+        """Asked with every readiness check by servers that know this; 2.51 does not."""
+        return self._model.is_ready
+
     def finalize(self) -> None:
         self._model.close()

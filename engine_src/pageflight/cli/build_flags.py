@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
+from pageflight.core.config import KVAdmission, SchedulingPolicy
+from pageflight.core.tenants import read_tenants
 from pageflight_build.options import (
     DTYPES,
     ENGINES,
@@ -66,6 +68,13 @@ class BuildFlags:
             rich_help_panel=_SERVING,
         ),
     ] = "0"
+    host_kv_memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory per instance for K/V blocks that the cache has no room for, such as 16GiB; 0 is none.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = "0"
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences that run at once, per instance.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_num_seqs
@@ -75,6 +84,52 @@ class BuildFlags:
     max_queue_size: Annotated[
         int, typer.Option(help="Requests that may wait; more are refused with UNAVAILABLE.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_queue_size
+    max_queue_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens that may wait; 0 sets no limit.", rich_help_panel=_SERVING)
+    ] = _SERVING_DEFAULTS.max_queue_tokens
+    scheduling_policy: Annotated[
+        str,
+        typer.Option(
+            help=f"Who is served first: {', '.join(get_args(SchedulingPolicy))} (shares between tenants by weight).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.scheduling_policy
+    ageing_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of waiting that are worth one level of priority; 0: none ever.", rich_help_panel=_SERVING
+        ),
+    ] = _SERVING_DEFAULTS.ageing_s
+    tenants: Annotated[
+        Path | None,
+        typer.Option(help="File with weights, quotas and K/V budgets by tenant (JSON).", rich_help_panel=_SERVING),
+    ] = None
+    kv_admission: Annotated[
+        str,
+        typer.Option(
+            help=f"When a sequence starts: {', '.join(get_args(KVAdmission))} (room for its full length first).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.kv_admission
+    kv_watermark: Annotated[
+        float,
+        typer.Option(help="Share of the K/V blocks that stays free when a sequence starts.", rich_help_panel=_SERVING),
+    ] = _SERVING_DEFAULTS.kv_watermark
+    target_inter_token_ms: Annotated[
+        float,
+        typer.Option(
+            help="Time between tokens to hold while prompts come in, by smaller prompt chunks; 0 sets none.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.target_inter_token_ms
+    hang_limit_s: Annotated[
+        int,
+        typer.Option(
+            help="Seconds without a sign of life after which an engine core is started again. Must exceed the longest"
+            " step.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.hang_limit_s
     instances: Annotated[
         int, typer.Option(help="Engine instances, each with its own core process and cache.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.instances
@@ -84,9 +139,25 @@ class BuildFlags:
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Answers do not depend, to the last bit, on other requests, interruptions or the cache (see"
+            " docs/determinism.md).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = False
     default_max_tokens: Annotated[
         int, typer.Option(help="max_tokens of requests that name none.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.default_max_tokens
+    response_rate: Annotated[
+        int,
+        typer.Option(
+            help="Responses per second before the tokens of a stream are joined; 0 follows the number of cores.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.response_rate
     exclude_input_in_output: Annotated[
         bool,
         typer.Option(
@@ -125,16 +196,34 @@ class BuildFlags:
             ),
             serving=ServingOptions(
                 kv_memory=parse_bytes(self.kv_memory),
+                host_kv_memory=parse_bytes(self.host_kv_memory),
                 max_num_seqs=self.max_num_seqs,
                 max_num_tokens=self.max_num_tokens,
                 max_queue_size=self.max_queue_size,
+                max_queue_tokens=self.max_queue_tokens,
+                scheduling_policy=cast(SchedulingPolicy, self.scheduling_policy),
+                ageing_s=self.ageing_s,
+                tenants=self._tenants(),
+                kv_admission=cast(KVAdmission, self.kv_admission),
+                kv_watermark=self.kv_watermark,
+                target_inter_token_ms=self.target_inter_token_ms,
+                hang_limit_s=self.hang_limit_s,
                 instances=self.instances,
                 threads=self.threads,
                 engine_name=self.engine_name,
                 exclude_input_in_output=self.exclude_input_in_output,
                 default_max_tokens=self.default_max_tokens,
+                response_rate=self.response_rate,
                 prefix_cache=self.prefix_cache,
+                deterministic=self.deterministic,
             ),
             default=self.default,
             force=self.force,
         )
+
+    def _tenants(self) -> str:
+        """The tenants file's absolute path. Raises ConfigError for one that cannot be read."""
+        if self.tenants is None:
+            return ""
+        read_tenants(self.tenants)
+        return str(self.tenants.resolve())

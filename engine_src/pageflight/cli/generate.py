@@ -12,16 +12,21 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from pageflight.cli.client import Answer, Server
+from pageflight.cli.errors import CommandError
 from pageflight.cli.flags import takes
 from pageflight.cli.sampling_flags import SamplingFlags
+from pageflight.cli.watch_flags import WatchFlags
+from pageflight.loop.watch import Watch
 
 DEFAULT_URL = "http://localhost:8000"
 
 
 @takes(SamplingFlags, "flags")
+@takes(WatchFlags, "watch_flags")
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     flags: SamplingFlags,
+    watch_flags: WatchFlags,
     url: Annotated[
         str, typer.Option(help="Server to ask: http://HOST:PORT, or grpc://HOST:PORT.", envvar="PAGEFLIGHT_URL")
     ] = DEFAULT_URL,
@@ -42,7 +47,10 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     request = flags.request(text)
-    with answering(url, local, name) as ask:
+    watch = watch_flags.watch
+    if local is None and watch != Watch():
+        raise CommandError("--record and --check-invariants watch an engine of this command: they need --local")
+    with answering(url, local, name, watch) as ask:
         print_answers(ask.stream(model, request), as_json=as_json)
 
 
@@ -53,14 +61,14 @@ class Answering(Protocol):
 
 
 @contextmanager
-def answering(url: str, local: Path | None, name: str | None = None) -> Iterator[Answering]:
+def answering(url: str, local: Path | None, name: str | None = None, watch: Watch | None = None) -> Iterator[Answering]:
     """The server at `url`, or an engine of the repository `local` for as long as the block lasts."""
     if local is None:
         yield Server(url=url)
         return
     from pageflight.cli.local import local_engine
 
-    with local_engine(local, name) as engine:
+    with local_engine(local, name, watch) as engine:
         yield engine
 
 

@@ -14,11 +14,13 @@ from pageflight.backend.options import Options
 from pageflight.cli.client import Answer
 from pageflight.cli.console import console
 from pageflight.cli.inspect_repository import engine_named
-from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, KVConfig
 from pageflight.core.events import TokenEvent
 from pageflight.core.manifest import EngineManifest
 from pageflight.loop.front import Front
 from pageflight.loop.local import start_local
+from pageflight.loop.supervisor import SupervisorConfig
+from pageflight.loop.watch import Watch
 from pageflight.text.tokenizer import Tokenizer
 from pageflight_build.options import ServingOptions
 from pageflight_build.record import RepositoryRecord
@@ -55,19 +57,19 @@ class LocalEngine:
 
 
 @contextmanager
-def local_engine(repository: Path, name: str | None = None) -> Iterator[LocalEngine]:
+def local_engine(repository: Path, name: str | None = None, watch: Watch | None = None) -> Iterator[LocalEngine]:
     """The engine of `repository`, running for as long as the block lasts, with the settings it was built with."""
     engine_dir = engine_named(repository, name)
     manifest = EngineManifest.read(engine_dir)
     serving = _serving(repository, manifest.name)
     config = EngineConfig(
-        kv=KVConfig(block_size=manifest.block_size, memory_bytes=serving.kv_memory, prefix_cache=serving.prefix_cache),
-        scheduler=SchedulerConfig(
-            max_num_tokens=serving.max_num_tokens,
-            max_num_seqs=serving.max_num_seqs,
-            max_model_len=manifest.max_model_len,
-            max_queue_size=serving.max_queue_size,
+        kv=KVConfig(
+            block_size=manifest.block_size,
+            memory_bytes=serving.kv_memory,
+            prefix_cache=serving.prefix_cache,
+            host_memory_bytes=serving.host_kv_memory,
         ),
+        scheduler=serving.scheduler(max_model_len=manifest.max_model_len),
         num_threads=serving.threads,
     )
     builder = GenerationBuilder(
@@ -76,9 +78,12 @@ def local_engine(repository: Path, name: str | None = None) -> Iterator[LocalEng
         default_max_tokens=serving.default_max_tokens,
         exclude_input_in_output=True,
     )
+    supervision = SupervisorConfig(hang_limit_s=serving.hang_limit_s)
     with ExitStack() as stack:
         with console.status("Loading the engine …"):
-            front = stack.enter_context(start_local(engine_dir, config))
+            front = stack.enter_context(
+                start_local(engine_dir, config, watch=watch, tenants_file=serving.tenants, supervision=supervision)
+            )
         yield LocalEngine(front, builder)
 
 

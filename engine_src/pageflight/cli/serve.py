@@ -17,15 +17,20 @@ from pageflight.cli.console import console, output
 from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
 from pageflight.cli.server_flags import ServerFlags
+from pageflight.cli.server_guard import ServerGuard
 from pageflight.cli.server_process import ServerProcess
+from pageflight.cli.watch_flags import WatchFlags
+from pageflight.loop.watch import Watch
 
 STARTS = 3
 
 
 @takes(ServerFlags, "flags")
+@takes(WatchFlags, "watch_flags")
 def serve(
     repository: Annotated[Path, typer.Argument(help="Model repository made by `pageflight build`.")],
     flags: ServerFlags,
+    watch_flags: WatchFlags,
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the command with its environment, and start nothing.")
     ] = False,
@@ -41,9 +46,10 @@ def serve(
 
         pageflight serve repositories/demo --http-port 9000
         pageflight serve repositories/demo --print-command
+        pageflight serve repositories/demo --record run.rec --check-invariants 100
         pageflight serve repositories/demo -- --log-verbose=1
     """
-    command = server_command(repository, flags, arguments or ())
+    command = server_command(repository, flags, arguments or (), watch_flags.watch)
     if print_command:
         output.print(shown(command))
         return
@@ -60,17 +66,20 @@ def running_server(command: tritonserver.ServerCommand, flags: ServerFlags) -> I
     Raises ServerStartError with the reasons when it does not become ready.
     """
     flags.ports.check_free()
+    guard = ServerGuard(command, flags)
     with terminated_like_interrupted(), ExitStack() as stack:
         try:
-            server = _started(command, flags, stack)
+            server = _started(guard, flags, stack)
+            guard.start(server.pid)
             yield server
         except KeyboardInterrupt:
             stack.close()
             raise typer.Exit(0) from None
 
 
-def _started(command: tritonserver.ServerCommand, flags: ServerFlags, stack: ExitStack) -> ServerProcess:
+def _started(guard: ServerGuard, flags: ServerFlags, stack: ExitStack) -> ServerProcess:
     """A ready server that `stack` will drain. Raises ServerStartError when every try has failed."""
+    command = guard.command
     for attempt in range(1, STARTS + 1):
         server = ServerProcess(command.arguments, command.environment, flags.ports, verbose=flags.verbose)
         try:
@@ -86,23 +95,30 @@ def _started(command: tritonserver.ServerCommand, flags: ServerFlags, stack: Exi
             server.kill()
             raise
         else:
-            stack.callback(_drain, server, flags)
+            stack.callback(_drain, server, guard, flags)
             return server
     raise AssertionError("the last attempt returns or raises")
 
 
-def _drain(server: ServerProcess, flags: ServerFlags) -> None:
-    server.drain(flags.exit_timeout_secs, lambda text: console.print(text, highlight=False))
+def _drain(server: ServerProcess, guard: ServerGuard, flags: ServerFlags) -> None:
+    guard.stop()
+    server.drain(
+        flags.exit_timeout_secs,
+        lambda text: console.print(text, highlight=False),
+        is_hopeless=guard.only_corpses_are_left,
+    )
     server.kill()
 
 
-def server_command(repository: Path, flags: ServerFlags, further: Sequence[str]) -> tritonserver.ServerCommand:
+def server_command(
+    repository: Path, flags: ServerFlags, further: Sequence[str], watch: Watch | None = None
+) -> tritonserver.ServerCommand:
     """The command line that serves `repository`. Raises CommandError when there is no repository."""
     if not any(repository.glob("*/config.pbtxt")):
         raise CommandError(
             f"{repository} is no model repository; build one: pageflight build CHECKPOINT --repository {repository}"
         )
-    return tritonserver.server_command(
+    command = tritonserver.server_command(
         repository,
         http_port=flags.http_port,
         grpc_port=flags.grpc_port,
@@ -111,6 +127,7 @@ def server_command(repository: Path, flags: ServerFlags, further: Sequence[str])
         exit_timeout_s=flags.exit_timeout_secs,
         further=further,
     )
+    return command.with_environment(watch.to_environment()) if watch is not None else command
 
 
 def shown(command: tritonserver.ServerCommand) -> str:

@@ -28,6 +28,15 @@ class ServerFlags:
     exit_timeout_secs: Annotated[
         int, typer.Option(help="Seconds that open requests get to finish at the end.", min=0, rich_help_panel=_PANEL)
     ] = 30
+    watchdog: Annotated[bool, typer.Option(help="Load models again whose process dies.", rich_help_panel=_PANEL)] = True
+    restart_stuck_after: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a sign of life after which a model's process is killed and started again; 0: never.",
+            min=0,
+            rich_help_panel=_PANEL,
+        ),
+    ] = 0.0
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the whole log of tritonserver.", rich_help_panel=_PANEL)
     ] = False

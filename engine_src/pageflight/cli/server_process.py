@@ -16,11 +16,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pageflight.cli import draining
 from pageflight.cli.client import is_ready
 from pageflight.cli.errors import ServerCrash, ServerStartError
 
 _KEPT_LINES = 400
 _POLL_S = 0.05
+_UNLOAD_S = 10.0
+"""What the server gets to unload its models when no request is open any more. It uses it up where a client keeps an
+idle HTTP connection, for which Triton waits."""
+_DRAIN_POLL_S = 0.25
+_HOPELESS_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _FAILED = re.compile(r"failed to load '([^']+)'(?: version \d+)?: (.*)")
 _PREFIX = re.compile(r"^[EWIF]\d{4} [\d:.]+ \d+ \S+:\d+\] ?")
@@ -111,20 +117,50 @@ class ServerProcess:
         """Block until the server ends; its exit status."""
         return self._process.wait()
 
-    def drain(self, timeout_s: float, tell: Callable[[str], None]) -> int:
-        """Let open requests finish for `timeout_s`, then end the server; its exit status. Ctrl-C ends it now."""
-        if self._process.poll() is None:
-            tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            # The server bounds its own wait by --exit-timeout-secs; the rest is for unloading models.
-            status = self._process.wait(timeout=timeout_s + 15)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            tell("stopping at once")
-            self.kill()
-            status = self._process.wait()
+    def drain(
+        self,
+        timeout_s: float,
+        tell: Callable[[str], None],
+        *,
+        is_hopeless: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Let open requests finish for `timeout_s` while new ones are refused, then end the server; its exit status.
+
+        Ctrl-C ends it now. SIGTERM comes last: at that, tritonserver forgets its models at once and tells clients that
+        there are none, waits for idle connections, and aborts over what is still open at its exit timeout.
+        `is_hopeless` says that it waits for what will never be.
+        """
+        if self._process.poll() is not None:
+            return self._ended()
+        tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
+        with draining.refusing(self._process.pid):
+            try:
+                host, port = self._ports.local_host, self._ports.metrics
+                draining.wait_until_idle(
+                    host, port, timeout_s, lambda: self._process.poll() is not None or is_hopeless()
+                )
+                self._process.send_signal(signal.SIGTERM)
+                self._wait(_UNLOAD_S, is_hopeless)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                tell("stopping at once")
+                self.kill()
+        return self._ended()
+
+    def _ended(self) -> int:
+        status = self._process.wait()
         self._reader.join(timeout=5)
         return status
+
+    def _wait(self, timeout_s: float, is_hopeless: Callable[[], bool]) -> int:
+        """Raises TimeoutExpired when the time is up, or when it has been hopeless for a while."""
+        until_s, hopeful_s = time.monotonic() + timeout_s, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(_DRAIN_POLL_S)
+            now_s = time.monotonic()
+            hopeful_s = hopeful_s if is_hopeless() else now_s
+            if now_s > until_s or now_s - hopeful_s > _HOPELESS_S:
+                raise subprocess.TimeoutExpired(self._process.args, timeout_s)
 
     def kill(self) -> None:
         """End the server and its stub processes without waiting."""

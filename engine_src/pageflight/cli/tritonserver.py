@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pageflight.cli.stub import adapt_stub
@@ -33,6 +33,13 @@ class ServerCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     added_environment: Mapping[str, str]
+
+    def with_environment(self, more: Mapping[str, str]) -> ServerCommand:
+        return replace(
+            self,
+            environment={**self.environment, **more},
+            added_environment={**self.added_environment, **more},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

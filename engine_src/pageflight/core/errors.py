@@ -33,10 +33,30 @@ class PromptTooLong(InvalidArgument):
 
 
 class QueueFull(PageflightError):
-    """The waiting queue is at its limit; the client may retry."""
+    """The waiting queue, or that of one tenant, is at its limit; the client may retry.
 
-    def __init__(self, length: int, limit: int) -> None:
-        super().__init__(f"queue is full: {length} requests waiting, limit {limit}; retry later")
+    `length` requests with `num_tokens` prompt tokens wait; `limit` counts `unit`. `wait_s` is the estimated time until
+    what waits now has been started, None while nothing was measured.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        limit: int,
+        *,
+        unit: str = "requests",
+        num_tokens: int = 0,
+        wait_s: float | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        self.length, self.limit, self.num_tokens, self.wait_s, self.tenant = length, limit, num_tokens, wait_s, tenant
+        queue = "queue" if tenant is None else f"queue of tenant {tenant!r}"
+        if unit == "tokens":
+            state = f"{num_tokens} prompt tokens waiting in {length} requests, limit {limit} tokens"
+        else:
+            state = f"{length} requests waiting, limit {limit}; {num_tokens} prompt tokens waiting"
+        retry = "later" if wait_s is None else f"later: estimated wait {wait_s:.1f} s"
+        super().__init__(f"{queue} is full: {state}; retry {retry}")
 
 
 class Draining(PageflightError):
@@ -53,6 +73,14 @@ class Cancelled(PageflightError):
 
 class EngineLost(PageflightError):
     """The engine core died and could not carry the request on."""
+
+
+class PoisonRequest(PageflightError):
+    """The engine core died again and again in steps of this request alone; it is given up so that others go on."""
+
+
+class StubLost(PageflightError):
+    """The server's process that held the request died; the client may send it again."""
 
 
 class CheckpointError(PageflightError):
@@ -85,6 +113,8 @@ STATUS: dict[type[PageflightError], ErrorStatus] = {
     DeadlineExceeded: ErrorStatus("CANCELLED", 499),
     Cancelled: ErrorStatus("CANCELLED", 499),
     EngineLost: ErrorStatus("INTERNAL", 500),
+    PoisonRequest: ErrorStatus("INTERNAL", 500),
+    StubLost: ErrorStatus("UNAVAILABLE", 503),
     CheckpointError: ErrorStatus("INVALID_ARG", 400),
     ManifestMismatch: ErrorStatus("INVALID_ARG", 400),
     ConfigError: ErrorStatus("INVALID_ARG", 400),

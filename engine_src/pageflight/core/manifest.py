@@ -50,7 +50,13 @@ class EngineManifest:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     fingerprint: dict[str, str]
+    deterministic: bool = False  # verified at build: no company in a step changes what a sequence gets
     files: tuple[FileRecord, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The engine in a few words, for errors."""
+        return f"lowering {self.lowering}, dtype {self.dtype}, kv_dtype {self.kv_dtype}"
 
     def write(self, folder: Path) -> Path:
         """Write `manifest.json` into `folder`; keys in field order, so that two equal builds give equal bytes."""

@@ -1,6 +1,7 @@
 """A step as data: what runs (`StepPlan`), what came of it (`StepResult`, `StepEvents`).
 
-Shapes: S rows that run in this step, L rows of them that sample, U block-table updates, C block copies.
+Shapes: S rows that run in this step, L rows of them that sample, U block-table updates, C block copies, O and I copies
+of blocks out to the host and in from it.
 A *row* is a persistent place in the batch, held by a sequence from admission to its end or preemption. Arrays are
 numpy, int32 unless stated. A plan is self-contained given the plans before it: a runner mirrors the rows and applies
 each plan's differences, so plans can be sent to workers, recorded and replayed.
@@ -48,7 +49,8 @@ class RowStart:
 class StepPlan:
     """Who runs which token range, and what changes in rows and block tables before it runs.
 
-    Order of application: `ended_rows`, `starts`, table updates, `copies`, then the forward pass over `rows`.
+    Order of application: `ended_rows`, `starts`, table updates, copies out, copies in, copies between blocks, then the
+    forward pass over `rows`. Copies read what was there before the step, or what a copy earlier in this order wrote.
     A row that runs `length` tokens from `start` uses its tokens [start, start + length); those with `samples` set reach
     the row's last known token, and the sampled id becomes the row's next token.
     """
@@ -65,6 +67,10 @@ class StepPlan:
     table_blocks: Int32Array | None = None  # [U]
     copy_sources: Int32Array | None = None  # [C] blocks copied whole, before the pass
     copy_targets: Int32Array | None = None  # [C]
+    copy_out_blocks: Int32Array | None = None  # [O] blocks copied whole to slots of the host tier
+    copy_out_slots: Int32Array | None = None  # [O]
+    copy_in_slots: Int32Array | None = None  # [I] slots copied whole to blocks
+    copy_in_blocks: Int32Array | None = None  # [I]
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PRIORITY = 100
+DEFAULT_PRIORITY = 35
+"""Of K/V blocks kept without a wish; the scale and this value are TensorRT-LLM's (`KvCacheRetentionConfig`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -53,3 +57,9 @@ class Request:
     sequence_index: int = 0
     """Index of the first sequence within what the client asked: not 0 when one sequence of several is replayed."""
     output_ids: tuple[int, ...] = ()
+    is_suspect: bool = False
+    """Cores died in steps of this sequence: its next steps have nobody else in them."""
+    is_taken_over: bool = False
+    """Accepted by a core that is no more: limits of the queue do not refuse it."""
+    kv_retention_priority: int | None = None
+    """0 to 100: K/V blocks of a lower one are evicted first. None leaves found blocks as they are; new ones get 35."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pageflight.core.request import MAX_PRIORITY
+
 DType = Literal["STRING", "BOOL", "INT32", "INT64", "UINT64", "FP32"]
 
 SCALAR = (1,)
@@ -21,6 +23,8 @@ MAX_WORDS = 1000
 MAX_WORD_CHARACTERS = 1000
 MAX_SEQUENCES = 64
 """Of `num_return_sequences`."""
+END_REQUESTS_OF = "pageflight_end_requests_of"
+"""Request parameter of `preprocessing`, with the process id of a dead stub: what it had open ends with an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +182,7 @@ _OPTIONS = (
     _count("timeout_ms", 1, "deadline from arrival; then the request ends with CANCELLED"),
     Option(name="tenant", dtype="STRING", meaning="whom the request belongs to"),
     Option(name="cache_salt", dtype="STRING", meaning="requests share cached prefixes only with the same salt"),
+    _count("kv_retention_priority", 0, "K/V blocks of a higher one stay cached longer; 35 without it", MAX_PRIORITY),
     Option(
         name="sampling_parameters", dtype="STRING", meaning="vllm_backend's JSON object; numbers may arrive as strings"
     ),

@@ -77,6 +77,7 @@ def resolve_capacity(
     for name, value in (("num_blocks", kv.num_blocks), ("kv_memory", kv.memory_bytes)):
         if value < 0:
             raise ConfigError(f"{name}={value}: must not be negative (0 computes it)")
+    num_host_blocks = _host_blocks(kv, bytes_per_block)
     if not 0 < fraction <= 1:
         raise ConfigError(f"kv_fraction={fraction}: must be above 0 and at most 1")
     # The last token of a sequence is never fed back, so its K/V is never stored.
@@ -114,12 +115,28 @@ def resolve_capacity(
             f"{option}: needs {num_blocks * bytes_per_block} bytes, {free.num_bytes} are free ({free.source}); "
             f"at most {free.num_bytes // bytes_per_block} blocks of {bytes_per_block} bytes fit"
         )
+    host_bytes = num_host_blocks * bytes_per_block
+    if host_bytes and host_bytes + num_blocks * bytes_per_block > free.num_bytes:
+        raise ConfigError(
+            f"host_kv_memory={kv.host_memory_bytes}: beside {num_blocks * bytes_per_block} bytes of blocks ({reason}) "
+            f"at most {max(0, free.num_bytes - num_blocks * bytes_per_block)} are free ({free.source})"
+        )
     return Capacity(
-        kv=replace(kv, num_blocks=num_blocks),
+        kv=replace(kv, num_blocks=num_blocks, num_host_blocks=num_host_blocks),
         num_bytes=num_blocks * bytes_per_block,
         max_sequence_len=min(longest, num_blocks * size + 1),
         reason=reason,
     )
+
+
+def _host_blocks(kv: KVConfig, bytes_per_block: int) -> int:
+    """Blocks of the host tier. Raises ConfigError for a size that holds none."""
+    if kv.host_memory_bytes < 0:
+        raise ConfigError(f"host_kv_memory={kv.host_memory_bytes}: must not be negative (0: no host tier)")
+    num_host_blocks = kv.host_memory_bytes // bytes_per_block
+    if kv.host_memory_bytes and not num_host_blocks:
+        raise ConfigError(f"host_kv_memory={kv.host_memory_bytes}: one block needs {bytes_per_block} bytes")
+    return num_host_blocks
 
 
 def _memberships(path: Path) -> list[tuple[str, str]]:

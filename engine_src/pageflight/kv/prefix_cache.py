@@ -7,9 +7,11 @@ vLLM's automatic prefix caching; BLAKE2b because a collision would show one clie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from pageflight.core.request import DEFAULT_PRIORITY
 from pageflight.kv.block_pool import BlockPool
 
 if TYPE_CHECKING:
@@ -24,6 +26,15 @@ def chain_root(tenant: str, cache_salt: str) -> bytes:
     name = tenant.encode("utf-8", "surrogatepass")
     salt = cache_salt.encode("utf-8", "surrogatepass")
     return blake2b(len(name).to_bytes(8, "little") + name + salt, digest_size=DIGEST_BYTES).digest()
+
+
+def output_root(parent: bytes, num_prompt: int) -> bytes:
+    """The digest before the first block with output tokens, where it matters how K/V was computed.
+
+    Output tokens are computed one by one, the same tokens in a prompt side by side: kernels may round the two
+    differently. So such blocks are found again only by a sequence with the same prompt and the same output.
+    """
+    return blake2b(parent + num_prompt.to_bytes(8, "little"), digest_size=DIGEST_BYTES, person=b"output").digest()
 
 
 def extend_chain(
@@ -41,39 +52,38 @@ def extend_chain(
 
 
 class PrefixCache:
-    """Digest → block, for full blocks in the pool. Holds no references: what nobody holds is reused in LRU order."""
+    """Digest → block, for full blocks in the pool. Holds no references: the pool reuses what nobody holds.
 
-    def __init__(self, num_blocks: int) -> None:
+    `on_evict` gets the block, its digest and its priority before the block is handed out for something else.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int, bytes, int], None] | None = None) -> None:
         self.pool = BlockPool(num_blocks, on_reuse=self._forget)
+        self._on_evict = on_evict
         self._block_of: dict[bytes, int] = {}
         self._digest_of: list[bytes | None] = [None] * num_blocks
 
     def __len__(self) -> int:
         return len(self._block_of)
 
-    def match(self, digests: list[bytes]) -> list[int]:
-        """Blocks of the longest known beginning of the chain. The caller acquires them before anything is allocated."""
-        blocks = []
-        block_of = self._block_of
-        for digest in digests:
-            block = block_of.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def find(self, digest: bytes) -> int | None:
+        """The block with this content. The caller acquires it before anything is allocated."""
+        return self._block_of.get(digest)
 
-    def register(self, block: int, digest: bytes) -> None:
+    def register(self, block: int, digest: bytes, priority: int = DEFAULT_PRIORITY) -> None:
         """The held, full, computed `block` has this digest. A second block of equal content stays unknown."""
         if digest in self._block_of:
             return
         assert self._digest_of[block] is None, f"block {block} has a digest already"
         self._block_of[digest] = block
         self._digest_of[block] = digest
-        self.pool.keep(block)
+        self.pool.keep(block, priority)
 
     def _forget(self, block: int) -> None:
         digest = self._digest_of[block]
         assert digest is not None
+        if self._on_evict is not None:
+            self._on_evict(block, digest, self.pool.priority(block))
         del self._block_of[digest]
         self._digest_of[block] = None
 

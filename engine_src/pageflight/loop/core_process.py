@@ -21,16 +21,26 @@ from typing import Literal
 
 import msgspec
 
+from pageflight import __version__
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError, PageflightError
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.core.stats import CoreStats
+from pageflight.core.tenants import Tenants
 from pageflight.loop.address import CoreAddress
+from pageflight.loop.clock import monotonic_clock
 from pageflight.loop.engine_loop import Drain, EngineLoop
 from pageflight.loop.frames import CoreLimits, error_to_wire
 from pageflight.loop.mailbox import ZmqMailbox
+from pageflight.loop.recorder import Recorder, recording_path
+from pageflight.loop.recording import Died, Header
 from pageflight.loop.reports import Report, Reporter
+from pageflight.loop.step_trace import StepTrace
+from pageflight.loop.tenants_file import TenantsFile
+from pageflight.loop.watch import Watch
+from pageflight.loop.watched_scheduler import WatchedScheduler, shown
 from pageflight.runners.base import Runner, RunnerLimits
+from pageflight.runners.faulty import Fault
 from pageflight.sched.scheduler import Scheduler
 
 log = logging.getLogger("pageflight.core")
@@ -41,13 +51,16 @@ _PR_SET_PDEATHSIG = 1
 class FakeEngine(msgspec.Struct, frozen=True, kw_only=True):
     """An engine without a model: `checking` notices every mistake of the scheduler, `instant` costs nothing.
 
-    `step_s` is slept in every step, so that a test has a middle of a stream to act in.
+    `step_s` is slept in every step, so that a test has a middle of a stream to act in; `start_s` before the first.
+    `faults` are of a checking engine.
     """
 
     kind: Literal["checking", "instant"] = "checking"
     vocab_size: int = 400
     first_id: int = 0
     step_s: float = 0.0
+    start_s: float = 0.0
+    faults: tuple[Fault, ...] = ()
 
 
 class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +71,14 @@ class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_instances: int = 1
     """Cores that share this machine's memory and compute cores."""
     fake: FakeEngine | None = None
+    tenants_file: str = ""
+    """Where the shares of tenants stand; empty: those of the configuration."""
+    instance: int = 0
+    watch: Watch = Watch()
 
 
-def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: int) -> list[str]:
-    """The command line of a core whose end of the report pipe is `report_fd`."""
+def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: int, trace_fd: int) -> list[str]:
+    """The command line of a core whose end of the report pipe is `report_fd`, and its memory file `trace_fd`."""
     return [
         python,
         "-m",
@@ -69,6 +86,7 @@ def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: i
         f"--folder={address.folder}",
         f"--spec={msgspec.json.encode(spec).decode()}",
         f"--report-fd={report_fd}",
+        f"--trace-fd={trace_fd}",
         f"--parent-pid={os.getpid()}",
     ]
 
@@ -81,9 +99,13 @@ def main() -> int:
     try:
         spec = msgspec.json.decode(arguments.spec, type=CoreSpec)
         reporter.send(Report("progress", "loading the engine"))
+        address = CoreAddress(Path(arguments.folder))
+        tenants_file = TenantsFile(Path(spec.tenants_file), address.tenants) if spec.tenants_file else None
+        if tenants_file is not None:
+            spec = _with_tenants(spec, tenants_file.load())
         runner, config = _load(spec)
         reporter.send(Report("progress", "opening the line to the fronts"))
-        _serve(runner, config, CoreAddress(Path(arguments.folder)), reporter)
+        _serve(runner, config, address, reporter, spec, tenants_file, arguments.trace_fd)
     except Exception as error:
         if isinstance(error, PageflightError):
             log.error("the engine core ends: %s", error)  # it says what to do: a traceback would only bury it
@@ -100,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", required=True, help="directory of the sockets (see loop/address.py)")
     parser.add_argument("--spec", required=True, help="CoreSpec as JSON: engine directory and configuration")
     parser.add_argument("--report-fd", type=int, default=-1, help="pipe to the supervisor")
+    parser.add_argument("--trace-fd", type=int, default=-1, help="memory file that tells what it was doing if it dies")
     parser.add_argument("--parent-pid", type=int, default=0, help="process to die with; 0: nobody")
     return parser.parse_args()
 
@@ -139,16 +162,46 @@ def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
     limits = runner.limits
     return runner, replace(
         config,
-        kv=replace(config.kv, num_blocks=limits.num_blocks, block_size=limits.block_size),
-        scheduler=replace(config.scheduler, max_model_len=limits.max_model_len, max_num_seqs=limits.max_num_seqs),
+        kv=replace(
+            config.kv,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            num_host_blocks=limits.num_host_blocks,
+            host_copy_s=limits.host_copy_s,
+        ),
+        scheduler=replace(
+            config.scheduler,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            token_tile=limits.token_tile,
+            replay_rows=limits.replay_rows,
+        ),
     )
 
 
-def _serve(runner: Runner, config: EngineConfig, address: CoreAddress, reporter: Reporter) -> None:
+def _with_tenants(spec: CoreSpec, tenants: Tenants) -> CoreSpec:
+    config = replace(spec.config, scheduler=replace(spec.config.scheduler, tenants=tenants))
+    return msgspec.structs.replace(spec, config=config)
+
+
+def _serve(
+    runner: Runner,
+    config: EngineConfig,
+    address: CoreAddress,
+    reporter: Reporter,
+    spec: CoreSpec,
+    tenants_file: TenantsFile | None,
+    trace_fd: int,
+) -> None:
+    def beat() -> None:
+        reporter.send(Report("beat"))
+        tenants = tenants_file.poll(monotonic_clock()) if tenants_file is not None else None
+        if tenants is not None:
+            scheduler.set_tenants(tenants)
+
     limits = runner.limits
-    scheduler = Scheduler(
-        replace(config.scheduler, token_tile=limits.token_tile), config.kv, vocab_size=limits.vocab_size
-    )
+    recorder = _recorder(spec, config, limits.vocab_size) if spec.watch.record else None
+    scheduler = _scheduler(spec, config, limits.vocab_size, recorder)
     mailbox = ZmqMailbox(
         address,
         CoreLimits(
@@ -159,13 +212,14 @@ def _serve(runner: Runner, config: EngineConfig, address: CoreAddress, reporter:
             max_num_seqs=limits.max_num_seqs,
             max_queue_size=config.scheduler.max_queue_size,
         ),
-        beat=lambda: reporter.send(Report("beat")),
+        beat=beat,
     )
 
     def report(stats: CoreStats) -> None:
         mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes()))
 
-    loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, report=report)
+    trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs)
+    loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: mailbox.stop(Drain()))
     # What start-up made lives as long as the process: keep the collector from walking through it again and again.
@@ -177,9 +231,42 @@ def _serve(runner: Runner, config: EngineConfig, address: CoreAddress, reporter:
     try:
         loop.run()
         linger_s = 2.0
+    except Exception as error:
+        if recorder is not None:
+            recorder.add(Died(shown(error)))
+        raise
     finally:
+        if recorder is not None:
+            recorder.close()
         mailbox.close(linger_s)
         runner.close()
+
+
+def _scheduler(spec: CoreSpec, config: EngineConfig, vocab_size: int, recorder: Recorder | None) -> Scheduler:
+    check_every = spec.watch.check_invariants
+    if recorder is None and not check_every:
+        return Scheduler(config.scheduler, config.kv, vocab_size=vocab_size)
+    return WatchedScheduler(
+        config.scheduler, config.kv, vocab_size=vocab_size, recorder=recorder, check_every=check_every
+    )
+
+
+def _recorder(spec: CoreSpec, config: EngineConfig, vocab_size: int) -> Recorder:
+    recorder = Recorder(
+        recording_path(Path(spec.watch.record), spec.instance),
+        Header(
+            version=__version__,
+            pid=os.getpid(),
+            instance=spec.instance,
+            started_ns=time.time_ns(),
+            engine_dir=spec.engine_dir,
+            num_instances=spec.num_instances,
+            config=config,
+            vocab_size=vocab_size,
+        ),
+    )
+    log.info("recording to %s", recorder.path)
+    return recorder
 
 
 def _resident_bytes() -> int:
@@ -189,15 +276,21 @@ def _resident_bytes() -> int:
 
 def _fake_runner(fake: FakeEngine, config: EngineConfig) -> Runner:
     from pageflight.runners.fake import FakeRunner, InstantRunner
+    from pageflight.runners.faulty import FaultyRunner
 
     limits = RunnerLimits(
         num_blocks=config.kv.num_blocks or 1024,
+        num_host_blocks=config.kv.num_host_blocks,
         block_size=config.kv.block_size,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=config.scheduler.max_model_len,
         vocab_size=fake.vocab_size,
     )
-    runner = FakeRunner(limits) if fake.kind == "checking" else InstantRunner(limits, first_id=fake.first_id)
+    runner: Runner = InstantRunner(limits, first_id=fake.first_id)
+    if fake.kind == "checking":
+        checking = FakeRunner(limits)
+        runner = FaultyRunner(checking, fake.faults) if fake.faults else checking
+    time.sleep(fake.start_s)
     return _SlowRunner(runner, fake.step_s) if fake.step_s else runner
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageflight.core.errors import PageflightError
-from pageflight.core.plan import Finished, StepEvents
+from pageflight.core.plan import Finished, StepEvents, StepPlan
 from pageflight.core.request import Request
 from pageflight.core.stats import CoreStats
 from pageflight.loop.clock import Clock, monotonic_clock
-from pageflight.runners.base import Runner
+from pageflight.runners.base import Runner, StagingRunner
 from pageflight.sched.scheduler import Scheduler
 
 
@@ -47,6 +48,10 @@ LINGER_SHARE = 0.05
 LINGER_LIMIT_S = 0.005
 """How long the loop may wait for the successors of requests that ended: a share of a step, within this limit."""
 
+AHEAD_SHARE = 0.02
+"""The next step is planned while one runs if planning takes at least this share of a step. Below, it gains little, and
+a request that arrives meanwhile would wait one step longer."""
+
 Command = Submit | Cancel | Drain | Shutdown
 
 
@@ -63,11 +68,32 @@ class Mailbox(Protocol):
         """The request with this handle was refused; none of its sequences gets any other event."""
 
 
+class Trace(Protocol):
+    """Learns what the loop works on before it does (`step_trace.StepTrace`)."""
+
+    def begin(self, handles_R: NDArray[np.int64], rows_S: NDArray[np.int32]) -> None: ...
+
+    def end(self) -> None: ...
+
+    def take(self, handle: int) -> None: ...
+
+    def taken(self) -> None: ...
+
+
+class NoTrace:
+    """A Trace that nobody will read."""
+
+    def begin(self, handles_R: NDArray[np.int64], rows_S: NDArray[np.int32]) -> None: ...
+    def end(self) -> None: ...
+    def take(self, handle: int) -> None: ...
+    def taken(self) -> None: ...
+
+
 class EngineLoop:
     """Runs a scheduler's plans on a runner. An exception of the runner ends the loop: its owner restarts the core.
 
     `report` gets the scheduler's statistics at most every `report_interval_s` seconds while steps run, and once when
-    the loop goes idle.
+    the loop goes idle. `ahead`: whether steps are planned while others run; None: where it pays (`AHEAD_SHARE`).
     """
 
     def __init__(
@@ -77,6 +103,8 @@ class EngineLoop:
         runner: Runner,
         mailbox: Mailbox,
         clock: Clock = monotonic_clock,
+        trace: Trace | None = None,
+        ahead: bool | None = None,
         report: Callable[[CoreStats], None] | None = None,
         report_interval_s: float = 0.25,
     ) -> None:
@@ -85,7 +113,11 @@ class EngineLoop:
         self.mailbox = mailbox
         self.clock = clock
         self.is_finished = False
+        self._trace = trace or NoTrace()
         self._unpublished: StepEvents | None = None
+        self._ahead = ahead
+        self._planned: StepPlan | None = None  # while another one ran
+        self._plan_s = self._step_s = 0.0  # smoothed
         self._report = report
         self._report_interval_s = report_interval_s
         self._next_report_s = 0.0
@@ -97,10 +129,12 @@ class EngineLoop:
             self.step()
 
     def step(self) -> None:
-        """One turn. Events of the step before go out while this one computes."""
+        """One turn. Events of the step before go out, and the next one may be planned, while this one computes."""
         for command in self.mailbox.receive(self._patience_s()):
             self._obey(command)
-        plan = self.scheduler.plan(self.clock())
+        plan, self._planned = self._planned, None
+        if plan is None:
+            plan = self._plan()
         if plan is None:
             self._publish()
             self._publish_endings()
@@ -108,15 +142,40 @@ class EngineLoop:
             self._report_stats(idle=True)
             return
         started_s = self.clock()
+        self._trace.begin(self.scheduler.handles, plan.rows)
         self.runner.submit(plan)
         self._publish()
         self._publish_endings()
+        if self._plan_s > AHEAD_SHARE * self._step_s if self._ahead is None else self._ahead:
+            self._plan_ahead()
         result = self.runner.collect()
         now_s = self.clock()
+        self._step_s = _smoothed(self._step_s, now_s - started_s)
         self._unpublished = self.scheduler.settle(plan, result, now_s)
-        if self._unpublished.finished and not self.scheduler.num_waiting:
+        self._trace.end()
+        if self._unpublished.finished and not self.scheduler.num_waiting and self._planned is None:
             self._await_successors(len(self._unpublished.finished), now_s - started_s)
         self._report_stats(idle=False)
+
+    def _plan(self) -> StepPlan | None:
+        begin_s = self.clock()
+        accused = self.scheduler.accused
+        if accused is not None:
+            self._trace.take(accused)
+        plan = self.scheduler.plan(begin_s)
+        if accused is not None:
+            self._trace.taken()
+        self._plan_s = _smoothed(self._plan_s, self.clock() - begin_s)
+        return plan
+
+    def _plan_ahead(self) -> None:
+        for command in self.mailbox.receive(0.0):
+            self._obey(command)
+        if self.scheduler.accused is not None:
+            return  # the trace would name it, whoever brings the step in flight down
+        self._planned = self._plan()
+        if self._planned is not None and isinstance(self.runner, StagingRunner):
+            self.runner.stage(self._planned)
 
     def _await_successors(self, num_ended: int, step_s: float) -> None:
         """Clients that send one request after another send the next as soon as they have their answer.
@@ -137,17 +196,20 @@ class EngineLoop:
     def _patience_s(self) -> float | None:
         """How long to wait for commands: not at all while there is work or news, for ever when there is neither."""
         is_told = self._report is None or self._is_idle_reported  # that nothing runs any more
-        if self.scheduler.has_work or self._unpublished is not None or self.scheduler.is_draining or not is_told:
+        has_news = self._unpublished is not None or self._planned is not None
+        if self.scheduler.has_work or has_news or self.scheduler.is_draining or not is_told:
             return 0.0
         return None
 
     def _obey(self, command: Command) -> None:
         match command:
             case Submit(request):
+                self._trace.take(request.handle)
                 try:
                     self.scheduler.submit(request, self.clock())
                 except PageflightError as error:
                     self.mailbox.reject(request.handle, error)
+                self._trace.taken()
             case Cancel(handle, by_client):
                 self.scheduler.cancel(handle, by_client=by_client)
             case Drain():
@@ -176,6 +238,10 @@ class EngineLoop:
             self._report(self.scheduler.stats())
             self._next_report_s = now_s + self._report_interval_s
         self._is_idle_reported = idle
+
+
+def _smoothed(mean: float, value: float) -> float:
+    return value if not mean else mean + 0.1 * (value - mean)
 
 
 def endings_only(finished: tuple[Finished, ...]) -> StepEvents:

@@ -17,7 +17,7 @@ from pageflight.core.plan import Finished
 from pageflight.core.request import Request
 from pageflight.core.stats import CoreStats
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these frames: a front and a core of different versions refuse each other."""
 
 
@@ -65,6 +65,8 @@ class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):
     epoch: int
     pid: int
     limits: CoreLimits
+    front_base: int
+    """What the core adds to this front's handles to make them its own."""
 
 
 class StepFrame(msgspec.Struct, tag=12, array_like=True, frozen=True):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from pageflight.core.errors import Draining, EngineLost, PageflightError
+from pageflight.core.errors import Draining, EngineLost, PageflightError, PoisonRequest
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress, process_exists
 from pageflight.loop.client import CoreClient, Disconnected
+from pageflight.loop.deaths import GUILTY_AT, read_deaths
 from pageflight.loop.frames import (
     PROTOCOL,
     Cancel,
@@ -36,6 +37,7 @@ from pageflight.loop.frames import (
 )
 from pageflight.loop.observer import Observer
 from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, replay_of, request_of
+from pageflight.loop.pacing import HOLD_LIMIT_S, Pacing
 from pageflight.loop.status import read_status
 from pageflight.sched.admission import AdmissionLimits
 
@@ -43,17 +45,27 @@ __all__ = ["Front", "Generation", "Observer", "Sink"]
 
 log = logging.getLogger(__name__)
 
-MAX_REPLAYS = 5
-"""Cores that may die in a row on one sequence without a token of it in between."""
 _STATUS_INTERVAL_S = 0.1
-_NO_SUPERVISOR_LIMIT_S = 10.0
+_NO_SUPERVISOR_LIMIT_S = 30.0
+"""A new stub of the engine model needs some seconds to start, more on a busy machine."""
 
 
 class Front:
     """Connection of one Triton model instance to its engine core."""
 
-    def __init__(self, address: CoreAddress, text: TextSource, observer: Observer) -> None:
+    def __init__(
+        self,
+        address: CoreAddress,
+        text: TextSource,
+        observer: Observer,
+        *,
+        response_rate: int | None = None,
+        is_ending: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`response_rate`: see `Pacing`. `is_ending` is asked with every request: whether to refuse it (Draining)."""
         self._address, self._text, self._observer = address, text, observer
+        self._pacing, self._is_ending = Pacing(response_rate), is_ending
+        self._held: dict[OpenSequence, None] = {}  # streams with news that nobody has been told yet
         self._client = CoreClient(address)
         self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
         self._idle = threading.Condition(self._lock)
@@ -62,6 +74,8 @@ class Front:
         self._next_handle = 0
         self._epoch: int | None = None  # of the core that takes commands; None while there is none
         self._last_epoch: int | None = None
+        self._base = 0  # between this front's numbers and those of the core of `_last_epoch`
+        self._num_restarts = 0
         self._limits: CoreLimits | None = None
         self._admission: AdmissionLimits | None = None
         self._lost: PageflightError | None = None
@@ -84,7 +98,7 @@ class Front:
     @property
     def is_ready(self) -> bool:
         """Whether a core takes requests right now. While one restarts, requests are accepted and wait."""
-        return self._epoch is not None and not self._draining
+        return self._epoch is not None and not self._draining and not self._is_ending()
 
     @property
     def num_open(self) -> int:
@@ -130,8 +144,8 @@ class Front:
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            if self._draining:
-                raise Draining("the server is shutting down and takes no new requests")
+            if self._draining or self._is_ending():
+                raise Draining("the server is shutting down and takes no new requests; send it elsewhere")
             self._open.update((sequence.handle, sequence) for sequence in sequences)
             self._groups[leader] = sequences
             if self._epoch is not None:
@@ -148,14 +162,24 @@ class Front:
                     handles.append(sequence.handle)
             self._let_go(handles)
 
+    def cut_off(self) -> None:
+        """End everything that is open, as `Draining`: the server cannot wait any longer."""
+        with self._lock:
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        handles = [sequence.handle for sequence in self._open.values() if sequence.ending is None]
+        for handle in handles:
+            self._open[handle].ending = "cancelled"
+            self._open[handle].end_error = Draining("the server ended before this request did; send it elsewhere")
+        self._let_go(handles)
+
     def close(self, drain_timeout_s: float) -> None:
-        """Refuse new requests, give the open ones so long to finish, cancel the rest, and end the response thread."""
+        """Refuse new requests, give the open ones so long to finish, cut off the rest, and end the response thread."""
         with self._lock:
             self._draining = True
             self._idle.wait_for(lambda: not self._open, drain_timeout_s)
-            for sequence in self._open.values():
-                sequence.ending = sequence.ending or "cancelled"
-            self._let_go(list(self._open))
+            self._cut_off()
             self._idle.wait_for(lambda: not self._open, 1.0)  # the core's word on them
             self._stopping = True
         self._client.wake()
@@ -167,7 +191,9 @@ class Front:
         try:
             while not self._stopping:
                 is_waiting = self._epoch is None and self._lost is None
-                self._handle(self._client.receive(_STATUS_INTERVAL_S if is_waiting else 60.0))
+                patience_s = HOLD_LIMIT_S / 2 if self._held else _STATUS_INTERVAL_S if is_waiting else 60.0
+                self._handle(self._client.receive(patience_s))
+                self._tell_overdue()
                 if self._epoch is None and self._lost is None:
                     self._end_cancelled()
                     self._look_for_supervisor()
@@ -233,6 +259,7 @@ class Front:
     ) -> None:
         finals = dict(ended)
         stopped: list[int] = []
+        interval_ns = self._pacing.interval_ns(len(touched))
         for sequence in touched:
             text = self._take(sequence, now_ns)
             if sequence.ending is not None:
@@ -241,23 +268,41 @@ class Front:
             if finished is not None:
                 self._finish(sequence, text, finished.reason, finished)
                 continue
-            event = sequence.event(text)
-            if event is not None:
-                try:
-                    sequence.sink(event)
-                except Exception:
-                    log.exception("the receiver of request %r failed; it is cancelled", sequence.generation.request_id)
-                    sequence.ending = "cancelled"
-                    stopped.append(sequence.handle)
+            sequence.hold(text)
+            if not sequence.generation.stream:
+                continue
+            self._held[sequence] = None
+            if now_ns - sequence.told_ns >= interval_ns:
+                self._tell(sequence, now_ns)
         for sequence, finished in finals.items():
             self._finish(sequence, "", finished.reason, finished)
         if stopped:
             with self._lock:
                 self._let_go([handle for handle in stopped if handle in self._open])
 
+    def _tell(self, sequence: OpenSequence, now_ns: int) -> None:
+        """Send the news of a stream that is held."""
+        del self._held[sequence]
+        sequence.told_ns = now_ns
+        try:
+            sequence.sink(sequence.event())
+        except Exception:
+            log.exception("the receiver of request %r failed; it is cancelled", sequence.generation.request_id)
+            sequence.ending = "cancelled"
+            with self._lock:
+                self._let_go([sequence.handle])
+
+    def _tell_overdue(self) -> None:
+        """Text whose stream stands still, for whatever reason, does not wait for its next token."""
+        if not self._held:
+            return
+        now_ns = time.monotonic_ns()
+        for sequence in [s for s in self._held if now_ns - s.told_ns > HOLD_LIMIT_S * 1e9]:
+            self._tell(sequence, now_ns)
+
     def _take(self, sequence: OpenSequence, now_ns: int) -> str:
         count = len(sequence.fresh)
-        sequence.replays = 0
+        sequence.points = 0
         if sequence.first_token_ns:
             self._observer.inter_token((now_ns - sequence.last_token_ns) * 1e-9, count)
         else:
@@ -300,6 +345,7 @@ class Front:
         with self._lock:
             if self._open.pop(sequence.handle, None) is None:
                 return None
+            self._held.pop(sequence, None)
             group = self._groups[sequence.leader]
             group.remove(sequence)
             if not group:
@@ -343,18 +389,12 @@ class Front:
         if hello.protocol != PROTOCOL:
             return self._give_up(EngineLost(f"engine core speaks protocol {hello.protocol}, this front {PROTOCOL}"))
         self._end_cancelled()
-        is_restart, recomputed = self._last_epoch is not None, 0
+        is_restart = self._last_epoch is not None
         for sequence in list(self._open.values()):
             reason = sequence.ended_by_itself()
             if reason is not None:
                 self._finish(sequence, "", reason, None)
-                continue
-            sequence.replays += 1
-            if sequence.replays > MAX_REPLAYS:
-                lost = EngineLost(f"the engine core died {MAX_REPLAYS} times in a row on this request")
-                self._finish(sequence, "", "error", None, lost)
-            elif sequence.output_ids:
-                recomputed += len(sequence.generation.prompt_ids) + len(sequence.output_ids)
+        self._find_guilty()
         limits = hello.limits
         with self._lock:
             self._limits = limits
@@ -366,6 +406,7 @@ class Front:
                 max_sequences=limits.max_queue_size,
             )
             self._epoch = self._last_epoch = hello.epoch
+            self._base = hello.front_base
             self._lost = None
             for sequence in self._open.values():
                 sequence.alone = True
@@ -373,7 +414,25 @@ class Front:
         self._settled.set()
         if is_restart:
             log.warning("another engine core took over: %d sequences continue", len(self._open))
-            self._observer.restarted(recomputed)
+        status = read_status(self._address.status)
+        num_restarts = status.restarts if status is not None else self._num_restarts
+        if is_restart or num_restarts > self._num_restarts:
+            self._observer.restarted(max(0, num_restarts - self._num_restarts), len(self._open) if is_restart else 0)
+        self._num_restarts = num_restarts
+
+    def _find_guilty(self) -> None:
+        """Count the last core's death against the sequences it was working on, and give up what kills every core."""
+        death = read_deaths(self._address.deaths).get(self._last_epoch or 0)
+        if death is None:
+            return
+        for sequence in list(self._open.values()):
+            handle = self._base + sequence.handle
+            sequence.points += death.points(handle)
+            if sequence.points >= GUILTY_AT and death.proves_guilt(handle):
+                log.error("request %r kills the engine core; it is given up", sequence.generation.request_id)
+                self._observer.poisoned()
+                poison = PoisonRequest("the engine core died each time it computed this request; do not send it again")
+                self._finish(sequence, "", "error", None, poison)
 
     def _disconnect(self) -> None:
         with self._lock:

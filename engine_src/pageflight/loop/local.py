@@ -16,6 +16,7 @@ from pageflight.loop.front import Front
 from pageflight.loop.observer import Observer, SilentObserver
 from pageflight.loop.open_sequence import TextSource
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
+from pageflight.loop.watch import Watch
 from pageflight.text.tokenizer import Tokenizer
 
 
@@ -27,7 +28,7 @@ def make_supervisor(
     # The core must find what this process has found, wherever its path was set (a stub's is set by Triton).
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return Supervisor(
-        lambda report_fd: core_command(python, spec, address, report_fd),
+        lambda report_fd, trace_fd: core_command(python, spec, address, report_fd, trace_fd),
         address,
         environment=environment,
         config=config,
@@ -52,6 +53,7 @@ def start_core(
     text: TextSource,
     observer: Observer | None = None,
     *,
+    response_rate: int | None = None,
     ready_timeout_s: float = 600.0,
     drain_timeout_s: float = 0.0,
     supervision: SupervisorConfig | None = None,
@@ -62,7 +64,7 @@ def start_core(
     supervisor.start()
     try:
         supervisor.wait_ready(ready_timeout_s)
-        front = Front(address, text, observer or SilentObserver())
+        front = Front(address, text, observer or SilentObserver(), response_rate=response_rate)
         try:
             front.wait_ready(30.0)
             yield front
@@ -74,10 +76,17 @@ def start_core(
 
 @contextmanager
 def start_local(
-    engine_dir: Path, config: EngineConfig, observer: Observer | None = None, *, ready_timeout_s: float = 600.0
+    engine_dir: Path,
+    config: EngineConfig,
+    observer: Observer | None = None,
+    *,
+    watch: Watch | None = None,
+    tenants_file: str = "",
+    ready_timeout_s: float = 600.0,
+    supervision: SupervisorConfig | None = None,
 ) -> Iterator[Front]:
     """A front for the engine in `engine_dir`, with its tokenizer, in a core of its own."""
     tokenizer = Tokenizer.load(engine_dir / "tokenizer")
-    spec = CoreSpec(config=config, engine_dir=str(engine_dir))
-    with start_core(spec, tokenizer, observer, ready_timeout_s=ready_timeout_s) as front:
+    spec = CoreSpec(config=config, engine_dir=str(engine_dir), tenants_file=tenants_file, watch=watch or Watch())
+    with start_core(spec, tokenizer, observer, ready_timeout_s=ready_timeout_s, supervision=supervision) as front:
         yield front

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from pageflight.core.plan import Finished, StepEvents
 from pageflight.core.stats import CoreStats
 from pageflight.loop import engine_loop, frames
 from pageflight.loop.address import CoreAddress
+from pageflight.loop.binding import bind_over
 from pageflight.loop.client import MAX_QUEUED_FRAMES
 from pageflight.loop.frames import BadFrame, CoreLimits, StepFrame, encode, error_to_wire
 
@@ -64,7 +65,8 @@ class ZmqMailbox:
 
     def __init__(self, address: CoreAddress, limits: CoreLimits, *, beat: Callable[[], None]) -> None:
         self._limits, self._beat = limits, beat
-        self._epoch = int.from_bytes(os.urandom(7), "little")
+        self.epoch = int.from_bytes(os.urandom(7), "little") or 1
+        """Names this core among those before and after it; never 0."""
         self._fronts: dict[bytes, _FrontRecord] = {}
         self._by_number: dict[int, _FrontRecord] = {}
         self._next_number = 1
@@ -83,8 +85,8 @@ class ZmqMailbox:
         self._poller = zmq.Poller()
         for source in (self._commands, self._events, self._wake_fd):
             self._poller.register(source, zmq.POLLIN)
-        self._commands.bind(address.commands)
-        self._events.bind(address.events)
+        bind_over(self._commands, address.commands)
+        bind_over(self._events, address.events)
 
     # ---- engine_loop.Mailbox
 
@@ -105,11 +107,12 @@ class ZmqMailbox:
             self._poller.poll(int(1000 * (wait_s if until_s is None else min(until_s - now_s, wait_s))) + 1)
 
     def publish(self, events: StepEvents) -> None:
+        owners = events.handles >> _HANDLE_BITS
         if len(self._by_number) == 1:
             (only,) = self._by_number.values()
-            self._post(only, _in_own_numbers(events))
-            return
-        owners = events.handles >> _HANDLE_BITS
+            if _is_all_of(only.number, owners, events.finished):
+                self._post(only, _in_own_numbers(events))
+                return
         ended_of: dict[int, list[Finished]] = {}
         for finished in events.finished:
             ended_of.setdefault(finished.handle >> _HANDLE_BITS, []).append(finished)
@@ -126,7 +129,7 @@ class ZmqMailbox:
         for number in range(own, own + front.num_sequences.get(own, 1)):
             front.num_sequences.pop(number, None)
         name, message = error_to_wire(error)
-        frame = encode(frames.Rejected(self._epoch, own, name, message))
+        frame = encode(frames.Rejected(self.epoch, own, name, message))
         if front.is_behind or not self._send(front, frame):
             front.refused.append(frame)
 
@@ -134,7 +137,7 @@ class ZmqMailbox:
 
     def publish_stats(self, stats: CoreStats) -> None:
         """To every front that is not behind: the next ones come soon."""
-        frame = encode(frames.StatsFrame(self._epoch, stats))
+        frame = encode(frames.StatsFrame(self.epoch, stats))
         for front in self._fronts.values():
             if not front.is_behind:
                 self._send(front, frame)
@@ -180,13 +183,15 @@ class ZmqMailbox:
         known = self._fronts.get(message.front)
         if known is not None:  # its connection broke: it will submit again what it still wants
             self._drop(known, commands)
+        base = 0
         if message.protocol == frames.PROTOCOL:
             front = _FrontRecord(message.front, self._next_number, message.pid, _open_pidfd(message.pid))
             self._next_number += 1
             self._fronts[front.identity] = self._by_number[front.number] = front
+            base = front.number << _HANDLE_BITS
             if front.pidfd >= 0:
                 self._poller.register(front.pidfd, zmq.POLLIN)
-        hello = frames.Hello(frames.PROTOCOL, self._epoch, os.getpid(), self._limits)
+        hello = frames.Hello(frames.PROTOCOL, self.epoch, os.getpid(), self._limits, base)
         with contextlib.suppress(zmq.ZMQError):  # gone again, or it floods us with introductions: no matter
             self._events.send_multipart((message.front, encode(hello)), zmq.NOBLOCK)
 
@@ -197,7 +202,7 @@ class ZmqMailbox:
             log.warning("dropped a command: %s", error)
             return
         front = self._fronts.get(message.front)
-        if isinstance(message, frames.Connect) or front is None or message.epoch != self._epoch:
+        if isinstance(message, frames.Connect) or front is None or message.epoch != self.epoch:
             return  # meant for a core that is no more, or from a front that has left: it will introduce itself
         if isinstance(message, frames.Submit):
             own, count = message.request.handle, message.request.sampling.n
@@ -241,7 +246,7 @@ class ZmqMailbox:
         ids = events.ids.astype(np.int32, copy=False)
         return encode(
             StepFrame(
-                self._epoch, events.step, events.handles.tobytes(), ids.tobytes(), log_probs, list(events.finished)
+                self.epoch, events.step, events.handles.tobytes(), ids.tobytes(), log_probs, list(events.finished)
             )
         )
 
@@ -295,6 +300,11 @@ def _is_alive(front: _FrontRecord) -> bool:
     poller = zmq.Poller()
     poller.register(front.pidfd, zmq.POLLIN)
     return not poller.poll(0)
+
+
+def _is_all_of(number: int, owners: NDArray[np.int64], finished: Sequence[Finished]) -> bool:
+    """Whether nothing comes of sequences whose front has gone: their own numbers may be those of others as well."""
+    return bool((owners == number).all()) and all(item.handle >> _HANDLE_BITS == number for item in finished)
 
 
 def _in_own_numbers(events: StepEvents) -> StepEvents:

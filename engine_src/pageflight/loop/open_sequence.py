@@ -11,6 +11,7 @@ from pageflight.core.errors import Cancelled, DeadlineExceeded, EngineLost, Page
 from pageflight.core.events import TokenEvent, Usage
 from pageflight.core.plan import Finished
 from pageflight.core.request import Request, SamplingParams
+from pageflight.loop.deaths import SUSPECT_AT
 from pageflight.text.stop import StopMatcher, StopSequences, StopStrings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Generation:
     timeout_ms: int | None = None
     tenant: str = ""
     cache_salt: str = ""
+    kv_retention_priority: int | None = None
     skip_special_tokens: bool = True
     request_id: str = ""
 
@@ -76,6 +78,7 @@ class OpenSequence:
         "_stops",
         "alone",
         "arrival_ns",
+        "end_error",
         "ending",
         "epoch_offset_ns",
         "first_token_ns",
@@ -88,9 +91,10 @@ class OpenSequence:
         "leader",
         "output_ids",
         "output_log_probs",
-        "replays",
+        "points",
         "shown_ids",
         "sink",
+        "told_ns",
     )
 
     def __init__(
@@ -109,12 +113,16 @@ class OpenSequence:
         self.shown_ids = 0
         """So many output ids have been delivered."""
         self.first_token_ns = self.last_token_ns = 0
+        self.told_ns = 0
+        """When the last event was sent."""
         self.ending: str | None = None
         """The reason, once the front has decided the end and only waits for the core to let go."""
+        self.end_error: PageflightError | None = None
+        """What the client is told of that reason, where it is not what the reason says."""
         self.alone = generation.sampling.n == 1
         """Whether the core knows it as a request of its own."""
-        self.replays = 0
-        """Cores that died on this sequence since its last token."""
+        self.points = 0
+        """What the deaths of cores since its last token say against it (`deaths`)."""
         self._stops = stops
         self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=generation.skip_special_tokens)
         self._matcher = StopMatcher(stops.strings) if stops.strings is not None else None
@@ -169,16 +177,18 @@ class OpenSequence:
             del self.output_log_probs[len(self.output_ids) :]
         return shown
 
-    def event(self, text: str) -> TokenEvent | None:
-        """The event for what has been taken; None when there is nothing to tell now."""
-        if not self.generation.stream:
-            if text:
-                self._parts.append(text)
-            return None
+    def hold(self, text: str) -> None:
+        """Keep text until the next event."""
+        if text:
+            self._parts.append(text)
+
+    def event(self) -> TokenEvent:
+        """What has been taken since the last event."""
         start, self.shown_ids = self.shown_ids, len(self.output_ids)
+        parts, self._parts = self._parts, []
         return TokenEvent(
             sequence_index=self.index,
-            text=text,
+            text="".join(parts),
             ids=tuple(self.output_ids[start:]),
             log_probs=tuple(self.output_log_probs[start:]) if self.output_log_probs else (),
         )
@@ -199,7 +209,7 @@ class OpenSequence:
             log_probs=tuple(self.output_log_probs[start:]),
             final=True,
             finish_reason=reason,
-            error=error if error is not None else error_for(reason, finished),
+            error=error or self.end_error or error_for(reason, finished),
             usage=self._usage(finished),
         )
 
@@ -241,7 +251,9 @@ class OpenSequence:
         """When it first got a row; 0 if it never did, or if nobody said."""
         if finished is None or not finished.first_scheduled_s:
             return 0
-        return max(self.arrival_ns, int(finished.first_scheduled_s * 1e9))
+        scheduled_ns = max(self.arrival_ns, int(finished.first_scheduled_s * 1e9))
+        # A core that took the sequence over knows only when it began itself.
+        return min(scheduled_ns, self.first_token_ns) if self.first_token_ns else scheduled_ns
 
     def _epoch_ns(self, monotonic_ns: int) -> int:
         return monotonic_ns + self.epoch_offset_ns if monotonic_ns else 0
@@ -271,6 +283,7 @@ def request_of(
         priority=generation.priority,
         tenant=generation.tenant,
         cache_salt=generation.cache_salt,
+        kv_retention_priority=generation.kv_retention_priority,
     )
 
 
@@ -284,4 +297,6 @@ def replay_of(sequence: OpenSequence) -> Request:
         sampling=replace(request.sampling, n=1),
         sequence_index=sequence.index,
         output_ids=tuple(sequence.output_ids),
+        is_taken_over=True,
+        is_suspect=sequence.points >= SUSPECT_AT,
     )

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import zmq
 
+from pageflight.loop.binding import bind_over
+
 log = logging.getLogger(__name__)
 
 SIBLING_TIMEOUT_MS = 1000
 """An instance that has not answered by then has none of the requests."""
+_END = "inproc://end"
 
 
 class SiblingStops:
@@ -28,25 +31,26 @@ class SiblingStops:
         self._own = self._sockets[own]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._server = self._context.socket(zmq.REP)
-        self._server.bind(f"ipc://{self._own}")
+        bind_over(self._server, f"ipc://{self._own}")
+        self._server.bind(_END)  # by the path a model that was loaded again would be ended instead
         self._thread = threading.Thread(target=self._run, name="sibling-stops", daemon=True)
         self._thread.start()
 
     def cancel(self, request_id: str) -> bool:
         """Cancel the open requests with this id, of all instances; whether there were any. The id is not empty."""
         siblings = [socket for socket in self._sockets if socket != self._own and socket.exists()]
-        found = [self._cancel(request_id), *(self._ask(socket, request_id) for socket in siblings)]
+        found = [self._cancel(request_id), *(self._ask(f"ipc://{socket}", request_id) for socket in siblings)]
         return any(found)
 
     def close(self) -> None:
-        self._ask(self._own, "")
+        self._ask(_END, "")
         self._thread.join()
         self._context.destroy(linger=0)
 
-    def _ask(self, path: Path, request_id: str) -> bool:
+    def _ask(self, address: str, request_id: str) -> bool:
         with self._context.socket(zmq.REQ) as socket:
             socket.linger = 0
-            socket.connect(f"ipc://{path}")
+            socket.connect(address)
             socket.send(request_id.encode("utf-8", "surrogateescape"))
             if socket.poll(SIBLING_TIMEOUT_MS):
                 return bool(socket.recv())

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pageflight.core.errors import CheckpointError, ConfigError, EngineLost, ManifestMismatch
+from pageflight.core.errors import CheckpointError, ConfigError, EngineLost, ManifestMismatch, PageflightError
 from pageflight.loop.address import CoreAddress
+from pageflight.loop.deaths import MAX_KEPT, Death, is_crash, write_deaths
 from pageflight.loop.reports import Report, parse_reports
 from pageflight.loop.status import CoreStatus, write_status
+from pageflight.loop.step_trace import read_trace
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +33,12 @@ class SupervisorConfig:
     hang_limit_s: float = 60.0
     """A ready core that gives no sign of life for so long is killed and started again."""
     max_failed_starts: int = 4
-    """So many starts in a row that never became ready, and the core is given up."""
+    """So many starts in a row that failed before they were ready, and the core is given up."""
+    max_killed_starts: int = 20
+    """The same for starts that somebody killed."""
     backoff_s: float = 0.1
-    """A core that lived for long is started again at once; after a second short life in a row there is this pause, and
-    after each further one twice the last, up to `max_backoff_s`."""
+    """A core that lived for long, or completed a step, is started again at once; after a second useless life in a row
+    there is this pause, and after each further one twice the last, up to `max_backoff_s`."""
     max_backoff_s: float = 2.0
     long_life_s: float = 10.0
 
@@ -45,18 +49,20 @@ class Supervisor:
 
     def __init__(
         self,
-        command: Callable[[int], Sequence[str]],
+        command: Callable[[int, int], Sequence[str]],
         address: CoreAddress,
         *,
         environment: dict[str, str] | None = None,
         config: SupervisorConfig | None = None,
     ) -> None:
-        """`command(fd)` is the core's command line, `fd` its end of the pipe (`--report-fd`)."""
+        """`command(report_fd, trace_fd)` is the core's command line with its end of the pipe and its memory file."""
         self._command, self._address, self._environment = command, address, environment
         self._config = config or SupervisorConfig()
         self._changed = threading.Condition()
         self._status = CoreStatus(state="starting", supervisor_pid=os.getpid())
         self._process: subprocess.Popen[bytes] | None = None
+        self._trace_fd = -1
+        self._deaths: list[Death] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="core-supervisor", daemon=True)
 
@@ -97,39 +103,46 @@ class Supervisor:
         self._address.remove()
 
     def _run(self) -> None:
-        failed_starts = short_lives = 0
+        try:
+            with contextlib.ExitStack() as stack:
+                self._trace_fd = os.memfd_create("pageflight-step")
+                stack.callback(os.close, self._trace_fd)
+                self._keep_alive()
+        except Exception as error:  # the core goes with this thread: whoever waits for it must learn that
+            log.exception("the supervisor failed")
+            self._set(state="lost", error=EngineLost.__name__, message=f"its supervisor failed: {error}", core_pid=0)
+
+    def _keep_alive(self) -> None:
+        patience = _Patience(self._config)
         while not self._closing.is_set():
-            born_s = time.monotonic()
-            was_ready, failure = self._run_once()
+            life = self._live()
             if self._closing.is_set():
                 break
-            failed_starts = 0 if was_ready else failed_starts + 1
-            short_lives = 0 if time.monotonic() - born_s >= self._config.long_life_s else short_lives + 1
-            log.error("engine core ended: %s: %s", failure.error, failure.message)
-            if failure.error in _PERMANENT or failed_starts >= self._config.max_failed_starts:
-                self._set(state="lost", error=failure.error, message=failure.message, core_pid=0)
-                return
-            first = self._status.state == "starting"
-            self._set(
-                state="starting" if first else "restarting",
-                restarts=self._status.restarts + 1,
-                error=failure.error,
-                message=failure.message,
-                core_pid=0,
-            )
-            if short_lives > 1:
-                self._closing.wait(min(self._config.backoff_s * 2 ** (short_lives - 2), self._config.max_backoff_s))
+            log.error("engine core ended: %s: %s", life.failure.error, life.failure.message)
+            pause_s = patience.after(life)
+            error, message = life.failure.error, life.failure.message
+            if pause_s is None:
+                return self._set(state="lost", error=error, message=message, core_pid=0)
+            state = "starting" if self._status.state == "starting" else "restarting"
+            restarts = self._status.restarts + 1
+            self._set(state=state, restarts=restarts, error=error, message=message, core_pid=0)
+            self._closing.wait(pause_s)
 
-    def _run_once(self) -> tuple[bool, Report]:
-        """One life of a core: whether it became ready, and how it ended."""
+    def _live(self) -> _Life:
+        """One life of a core, from its start to its end."""
+        os.ftruncate(self._trace_fd, 0)
+        born_s = time.monotonic()
         reader, writer = os.pipe()
         try:
             try:
                 process = subprocess.Popen(
-                    self._command(writer), pass_fds=(writer,), stdin=subprocess.DEVNULL, env=self._environment
+                    self._command(writer, self._trace_fd),
+                    pass_fds=(writer, self._trace_fd),
+                    stdin=subprocess.DEVNULL,
+                    env=self._environment,
                 )
             except OSError as error:
-                return False, Report("failed", error=ConfigError.__name__, message=f"cannot start the core: {error}")
+                return _Life(failure=_failure(ConfigError, f"cannot start the core: {error}"))
             finally:
                 os.close(writer)
             self._process = process
@@ -137,29 +150,50 @@ class Supervisor:
                 process.terminate()
             was_ready, failure = self._watch(process, reader)
             code = process.wait()
-            if failure is None:
-                how = f"signal {-code}" if code < 0 else f"exit status {code}"
-                failure = Report("failed", error=EngineLost.__name__, message=f"the engine core died ({how})")
-            return was_ready, failure
         finally:
             os.close(reader)
+        of_itself = failure is not None or is_crash(code)
+        if failure is None:
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+            failure = _failure(EngineLost, f"the engine core died ({how})")
+        last_words = read_trace(self._trace_fd)
+        if last_words is not None:
+            self._keep(Death(epoch=last_words.epoch, handles=last_words.handles, of_itself=of_itself))
+        return _Life(
+            failure=failure,
+            was_ready=was_ready,
+            of_itself=of_itself,
+            num_steps=last_words.steps if last_words is not None else 0,
+            seconds=time.monotonic() - born_s,
+        )
+
+    def _keep(self, death: Death) -> None:
+        self._deaths = [*self._deaths, death][-MAX_KEPT:]
+        try:
+            write_deaths(self._address.deaths, self._deaths)
+        except OSError:
+            log.exception("how the core died could not be written; no sequence is suspected")
 
     def _watch(self, process: subprocess.Popen[bytes], reader: int) -> tuple[bool, Report | None]:
-        """Follow the core's reports until its end of the pipe closes, which it does when the process dies."""
+        """Follow the core's reports until its end of the pipe closes, which it does when the process dies.
+
+        Returns whether it became ready, and what it died of where that is known.
+        """
         buffer, ready, failure = bytearray(), False, None
         poller = select.poll()
         poller.register(reader, select.POLLIN)
         deadline_s = time.monotonic() + self._config.start_timeout_s
         while True:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not poller.poll(left_s * 1000):
+            # Whoever was stopped beside its core finds the time over and the signs of life in the pipe.
+            left_s = max(0.0, deadline_s - time.monotonic())
+            if not poller.poll(left_s * 1000):
                 if self._closing.is_set():
                     deadline_s = time.monotonic() + self._config.start_timeout_s  # close() has its own limit
                     continue
                 what = "gave no sign of life" if ready else "was not ready"
                 limit_s = self._config.hang_limit_s if ready else self._config.start_timeout_s
                 process.kill()
-                return ready, Report("failed", f"the engine core {what} for {limit_s:g} s", EngineLost.__name__)
+                return ready, _failure(EngineLost, f"the engine core {what} for {limit_s:g} s")
             data = os.read(reader, 65536)
             if not data:
                 return ready, failure
@@ -180,5 +214,50 @@ class Supervisor:
             values = {name: getattr(self._status, name) for name in CoreStatus.__struct_fields__}
             self._status = CoreStatus(**{**values, **changes})
             if self._address.folder.is_dir():
-                write_status(self._address.status, self._status)
+                try:
+                    write_status(self._address.status, self._status)
+                except OSError:  # a full disk is no reason to let the core go
+                    log.exception("the state of the core could not be written; fronts know the one before")
             self._changed.notify_all()
+
+
+def _failure(error: type[PageflightError], message: str) -> Report:
+    return Report("failed", message, error.__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Life:
+    """How a core lived and what ended it."""
+
+    failure: Report
+    was_ready: bool = False
+    of_itself: bool = True
+    num_steps: int = 0
+    seconds: float = 0.0
+
+
+class _Patience:
+    """How often, and how soon, a core is started again."""
+
+    def __init__(self, config: SupervisorConfig) -> None:
+        self._config = config
+        self._failed_starts = self._killed_starts = self._short_lives = 0
+
+    def after(self, life: _Life) -> float | None:
+        """Seconds to wait before the next start; None: there is none."""
+        config = self._config
+        if life.was_ready:
+            self._failed_starts = self._killed_starts = 0
+        elif life.of_itself:
+            self._failed_starts += 1
+        else:
+            self._killed_starts += 1
+        if life.failure.error in _PERMANENT or self._failed_starts >= config.max_failed_starts:
+            return None
+        if self._killed_starts >= config.max_killed_starts:
+            return None
+        self._short_lives = 0 if life.num_steps or life.seconds >= config.long_life_s else self._short_lives + 1
+        if self._short_lives <= 1:
+            return 0.0
+        pause_s: float = config.backoff_s * 2 ** (self._short_lives - 2)
+        return min(pause_s, config.max_backoff_s)

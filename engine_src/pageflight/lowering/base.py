@@ -45,9 +45,11 @@ class CompiledModel(Protocol):
     vocab_size: int
     kv_bytes_per_block: int  # K and V of all layers
     token_tile: int  # tokens that its matrix products compute at a time; 1 where it makes no difference
+    replay_rows: int  # consecutive tokens of a sequence that may be rows of one pass; known after `allocate`
+    num_threads: int  # that compute a pass
 
-    def allocate(self, num_blocks: int) -> None:
-        """Create the K/V blocks (once). Block ids are 0 … num_blocks - 1."""
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
+        """Create the K/V blocks and their second level in host memory (once). Ids count from 0 in each."""
 
     def start(self, inputs: StepInputs) -> None:
         """Begin one forward pass. The arrays must not change until `wait` returned."""
@@ -57,6 +59,12 @@ class CompiledModel(Protocol):
 
     def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         """Copy whole blocks in every layer, K and V."""
+
+    def copy_out(self, blocks: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        """Copy whole blocks to slots of the host's. No slot is named twice."""
+
+    def copy_in(self, slots: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
+        """Copy whole slots of the host's to blocks. No block is named twice."""
 
     def close(self) -> None: ...
 
@@ -81,3 +89,10 @@ class Lowering(Protocol):
 
     def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
         """Load an engine directory. Raises ManifestMismatch with the reason when it was built for something else."""
+
+    def deterministic(self, model: CompiledModel, *, name: str, max_num_tokens: int) -> CompiledModel:
+        """A loaded `model`, not allocated yet, so that what a token gets does not depend on the rest of its pass.
+
+        It must be computed by fixed borders (`sched.borders`). Raises ConfigError, here or when allocated, where that
+        cannot be; `name` says of which engine. `max_num_tokens` is the most that a pass will have.
+        """

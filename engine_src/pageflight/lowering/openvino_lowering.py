@@ -15,9 +15,11 @@ import openvino as ov  # type: ignore[import-untyped]
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
+from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
 from pageflight.lowering.openvino_model import OpenVinoModel
 from pageflight.lowering.openvino_ops import GraphOps
+from pageflight.lowering.padded import PaddedModel
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 
@@ -31,9 +33,10 @@ _DYNAMIC_GROUPS = (256, 128, 64, 32)
 class OpenVinoLowering:
     """Engines for the CPU.
 
-    fp32 and bf16 compute in what they store. int8 multiplies int8 weights with activations that are bf16 where the CPU
-    has bf16 arithmetic and float32 elsewhere, and that are rounded to int8 in groups on the way into each product
-    (dynamic quantisation). `exact` computes in float32 without that rounding, to tell a kernel's error from a format's.
+    Activations are float32 for fp32 weights; for the others bf16 where the CPU has bf16 arithmetic, float32 elsewhere:
+    there bf16 weights are widened inside the products, since emulated bf16 would be far slower. int8 rounds activations
+    in groups on the way into each product (dynamic quantisation). `exact` computes in float32 without that rounding, to
+    tell a kernel's error from a format's.
     """
 
     name = "openvino"
@@ -44,7 +47,7 @@ class OpenVinoLowering:
         self._core = ov.Core()
 
     def fingerprint(self, dtype: str) -> dict[str, str]:
-        """Versions and CPU features an engine of `dtype` depends on. Raises ConfigError where `dtype` cannot run."""
+        """Versions and CPU features an engine of `dtype` depends on. Raises ConfigError for an unknown `dtype`."""
         self._check_dtype(dtype)
         entries = {"openvino": ov.get_version(), "machine": _MACHINES.get(platform.machine(), platform.machine())}
         if dtype != "fp32":
@@ -69,7 +72,7 @@ class OpenVinoLowering:
         manifest = engine.manifest
         self._check_manifest(engine_dir, manifest)
         verification = Verification(engine)
-        ops = GraphOps(engine.config, engine.weights, manifest.max_model_len)
+        ops = GraphOps(engine.config, engine.weights, manifest.max_model_len, widens=not self._narrow(manifest))
         model = ops.model(decoder(ops, engine.config))
         compiled = self._core.compile_model(model, "CPU", self._settings(manifest, engine.config, num_threads))
         verification.finish()
@@ -77,8 +80,12 @@ class OpenVinoLowering:
         assert loaded.block_size == BLOCK_SIZE, "the plugin of this version has blocks of another size"
         return loaded
 
+    def deterministic(self, model: CompiledModel, *, name: str, max_num_tokens: int) -> PaddedModel:
+        """Batches as ever, but for what `PaddedModel` adds to some of them."""
+        return PaddedModel(model, name=name, max_num_tokens=max_num_tokens)
+
     def _settings(self, manifest: EngineManifest, config: DecoderConfig, num_threads: int) -> dict[str, Any]:
-        narrow = not self._exact and manifest.fingerprint.get("activations") == "bf16"
+        narrow = self._narrow(manifest)
         rounded = manifest.dtype == "int8" and not self._exact
         kv_dtype = "fp32" if manifest.kv_dtype == "bf16" and not narrow else manifest.kv_dtype
         return {
@@ -89,6 +96,10 @@ class OpenVinoLowering:
             "INFERENCE_NUM_THREADS": num_threads,
             "ENABLE_CPU_PINNING": False,  # instances side by side would be pinned to the same cores
         }
+
+    def _narrow(self, manifest: EngineManifest) -> bool:
+        """Whether activations are bf16."""
+        return not self._exact and manifest.fingerprint.get("activations") == "bf16"
 
     def _check_manifest(self, folder: Path, manifest: EngineManifest) -> None:
         try:
@@ -106,8 +117,6 @@ class OpenVinoLowering:
     def _check_dtype(self, dtype: str) -> None:
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype={dtype!r}: supported are {', '.join(_DTYPES)}")
-        if dtype == "bf16" and not self._has_bf16():
-            raise ConfigError("dtype='bf16': this CPU has no bf16 arithmetic; build with fp32 or int8")
 
     def _has_bf16(self) -> bool:
         return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

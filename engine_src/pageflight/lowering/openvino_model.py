@@ -23,7 +23,8 @@ class OpenVinoModel:
     """Runs steps of one compiled graph. `keep` is what the graph's constants borrow their memory from."""
 
     def __init__(self, compiled: CompiledModel, num_layers: int, vocab_size: int, keep: list[object]) -> None:
-        self.vocab_size, self.token_tile = vocab_size, TOKEN_TILE
+        self.vocab_size, self.token_tile, self.replay_rows = vocab_size, TOKEN_TILE, 1
+        self.num_threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self._compiled, self._keep = compiled, keep
         self._request = compiled.create_infer_request()
         self._ports = {port.get_any_name(): port for port in compiled.inputs}
@@ -37,18 +38,21 @@ class OpenVinoModel:
         self.block_size = self._block_shapes["value_cache.0"][0][1]  # keys may carry scales along the tokens
         self.kv_bytes_per_block = sum(_num_bytes(*layout) for layout in self._block_shapes.values())
         self._blocks: list[NDArray[np.uint8]] = []  # per layer and kind, [num_blocks, bytes of a block]
+        self._slots: list[NDArray[np.uint8]] = []  # the same on the host: of their own, though in the same memory here
         self._num_logits = 0
         self._bound: dict[str, tuple[NDArray[Any], Tensor]] = {}  # tensors borrow the arrays of a pass: both must live
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         """Create the K/V blocks (once). Raises ConfigError when memory does not suffice."""
         assert not self._blocks, "blocks are allocated once"
         for name, (shape, element) in self._block_shapes.items():
             try:
                 blocks = np.zeros((num_blocks, _num_bytes(shape, element)), np.uint8)
+                self._slots.append(np.zeros((num_host_blocks, blocks.shape[1]), np.uint8))
             except MemoryError:
+                count = num_blocks + num_host_blocks
                 raise ConfigError(
-                    f"{num_blocks} blocks take {num_blocks * self.kv_bytes_per_block} bytes, more than there is memory"
+                    f"{count} blocks take {count * self.kv_bytes_per_block} bytes, more than there is memory"
                 ) from None
             self._request.set_tensor(self._ports[name], Tensor(blocks, Shape([num_blocks, *shape]), element))
             self._blocks.append(blocks)
@@ -84,11 +88,20 @@ class OpenVinoModel:
         for blocks in self._blocks:
             blocks[targets] = blocks[sources]
 
+    def copy_out(self, blocks: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        for on_device, on_host in zip(self._blocks, self._slots, strict=True):
+            on_host[slots] = on_device[blocks]
+
+    def copy_in(self, slots: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
+        for on_device, on_host in zip(self._blocks, self._slots, strict=True):
+            on_device[blocks] = on_host[slots]
+
     def close(self) -> None:
         """Free everything: first what reads memory, then the memory. The model cannot be used afterwards."""
         self._request = self._compiled = None
         self._ports.clear()
         self._blocks.clear()
+        self._slots.clear()
         self._bound.clear()
         self._keep.clear()
 

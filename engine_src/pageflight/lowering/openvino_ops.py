@@ -27,10 +27,12 @@ _ELEMENT = {"F32": Type.f32, "BF16": Type.bf16, "I8": Type.i8}
 class GraphOps:
     """Builds the graph of a decoder. `model(logits)` closes it.
 
-    Constants share the memory of their arrays: `keep` must live as long as the compiled model.
+    Constants share the memory of their arrays: `keep` must live as long as the compiled model. `widens`: activations
+    are float32, and bf16 weights become so inside each product.
     """
 
-    def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int) -> None:
+    def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int, *, widens: bool) -> None:
+        self._widens = widens
         self._config, self._weights, self._num_positions = config, weights, num_positions
         self.keep: list[object] = [weights]
         self._parameters: list[Parameter] = []
@@ -167,7 +169,10 @@ class GraphOps:
         if weight.dtype == "F32":
             return self._shared(weight.values)
         if weight.scales is None:
-            return opset.convert(self._shared(weight.values, _ELEMENT[weight.dtype]), "f32")
+            wide = opset.convert(self._shared(weight.values, _ELEMENT[weight.dtype]), "f32")
+            if self._widens:  # without the mark the plugin stores the float32 values and reads twice as much per step
+                wide.get_rt_info()["decompression_0"] = ""
+            return wide
         rows, groups = weight.scales.shape
         if groups == 1:
             return opset.multiply(

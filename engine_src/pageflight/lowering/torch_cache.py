@@ -5,6 +5,8 @@ Shapes: [layers, blocks, kv heads, block size, head_dim]; u8 adds float32 scale 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,19 @@ _LEVELS = 255
 class BlockCache:
     """The blocks of all layers."""
 
-    def __init__(self, config: DecoderConfig, kv_dtype: str, num_blocks: int, block_size: int) -> None:
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size)
+    def __init__(
+        self, config: DecoderConfig, kv_dtype: str, num_blocks: int, block_size: int, num_host_blocks: int = 0
+    ) -> None:
         self._quantised = kv_dtype == "u8"
         element = _ELEMENT[kv_dtype]
-        self._values = [torch.zeros((*shape, config.head_dim), dtype=element) for _ in "kv"]
-        self._ranges = [torch.zeros((*shape, 2)) for _ in "kv"] if self._quantised else []
+
+        def parts(count: int) -> tuple[list[Tensor], list[Tensor]]:
+            shape = (config.num_layers, count, config.num_kv_heads, block_size)
+            values = [torch.zeros((*shape, config.head_dim), dtype=element) for _ in "kv"]
+            return values, [torch.zeros((*shape, 2)) for _ in "kv"] if self._quantised else []
+
+        self._values, self._ranges = parts(num_blocks)
+        self._host_values, self._host_ranges = parts(num_host_blocks)
 
     @staticmethod
     def bytes_per_block(config: DecoderConfig, kv_dtype: str, block_size: int) -> int:
@@ -55,6 +64,20 @@ class BlockCache:
         """Copy whole blocks in every layer."""
         for part in (*self._values, *self._ranges):
             part[:, targets] = part[:, sources]
+
+    def copy_out(self, blocks: Tensor, slots: Tensor) -> None:
+        """Copy whole blocks to the host's slots, in every layer."""
+        for on_device, on_host in self._levels():
+            on_host[:, slots] = on_device[:, blocks]
+
+    def copy_in(self, slots: Tensor, blocks: Tensor) -> None:
+        """Copy whole slots of the host's to blocks, in every layer."""
+        for on_device, on_host in self._levels():
+            on_device[:, blocks] = on_host[:, slots]
+
+    def _levels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device, host = (*self._values, *self._ranges), (*self._host_values, *self._host_ranges)
+        return zip(device, host, strict=True)
 
 
 def _quantise(new: Tensor) -> tuple[Tensor, Tensor]:

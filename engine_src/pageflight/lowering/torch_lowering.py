@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
-from pageflight.lowering.base import StepInputs
+from pageflight.lowering.alone import AloneModel
+from pageflight.lowering.base import CompiledModel, StepInputs
 from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
 from pageflight.lowering.torch_cache import KV_DTYPES, BlockCache
 from pageflight.lowering.torch_ops import EagerOps
@@ -25,16 +27,18 @@ class TorchModel:
 
     def __init__(self, config: DecoderConfig, ops: EagerOps, kv_dtype: str, block_size: int) -> None:
         self.block_size, self.vocab_size, self.token_tile = block_size, config.vocab_size, 1
+        self.replay_rows, self.num_threads = 1, torch.get_num_threads()
         self.kv_bytes_per_block = BlockCache.bytes_per_block(config, kv_dtype, block_size)
         self._config, self._ops, self._kv_dtype = config, ops, kv_dtype
         self._inputs: StepInputs | None = None
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         assert self._ops.cache is None, "blocks are allocated once"
         try:
-            self._ops.cache = BlockCache(self._config, self._kv_dtype, num_blocks, self.block_size)
+            self._ops.cache = BlockCache(self._config, self._kv_dtype, num_blocks, self.block_size, num_host_blocks)
         except RuntimeError as error:
-            raise ConfigError(f"{num_blocks} blocks of {self.kv_bytes_per_block} bytes: {error}") from None
+            count = num_blocks + num_host_blocks
+            raise ConfigError(f"{count} blocks of {self.kv_bytes_per_block} bytes: {error}") from None
 
     def start(self, inputs: StepInputs) -> None:
         self._inputs = inputs
@@ -47,11 +51,25 @@ class TorchModel:
         return logits
 
     def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        self._cache.copy(_index(sources), _index(targets))
+
+    def copy_out(self, blocks: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+        self._cache.copy_out(_index(blocks), _index(slots))
+
+    def copy_in(self, slots: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
+        self._cache.copy_in(_index(slots), _index(blocks))
+
+    @property
+    def _cache(self) -> BlockCache:
         assert self._ops.cache is not None, "allocate comes first"
-        self._ops.cache.copy(torch.from_numpy(sources.astype(np.int64)), torch.from_numpy(targets.astype(np.int64)))
+        return self._ops.cache
 
     def close(self) -> None:
         self._ops.cache = None
+
+
+def _index(ids: NDArray[np.int32]) -> Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 class TorchLowering:
@@ -67,6 +85,10 @@ class TorchLowering:
 
     def default_kv_dtype(self, dtype: str) -> str:
         return "bf16" if dtype == "bf16" else "fp32"
+
+    def deterministic(self, model: CompiledModel, *, name: str, max_num_tokens: int) -> AloneModel:
+        """One sequence at a time: what torch computes in batches depends on their shape."""
+        return AloneModel(model)
 
     def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
         """Raises ConfigError for an unknown dtype; shapes are all welcome."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from pageflight.core.stats import CoreStats
+from pageflight.obs.core_metrics import CoreMetrics
 from pageflight.obs.exporter import Exporter
-from pageflight.obs.series import Counter, Gauge, RequestHistogram, TokenHistogram
+from pageflight.obs.series import Counter, RequestHistogram, TokenHistogram
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,12 @@ class RequestMetrics:
         self._inter_token = TokenHistogram(
             exporter, "pageflight_inter_token_seconds", "Between output tokens of an answer", labels, SECONDS
         )
+        self._replayed = self._counter(
+            "pageflight_replayed_sequences_total", "Open sequences that a restarted engine core took over"
+        )
+        self._poisoned = self._counter(
+            "pageflight_poison_requests_total", "Sequences given up because every engine core died in their steps"
+        )
         self._lock = threading.Lock()  # refusals come from several threads
         self._reasons: dict[tuple[str, str], int] = {}
         self._counters: dict[tuple[str, str], Counter] = {}
@@ -77,11 +83,19 @@ class RequestMetrics:
     def refused(self, reason: str) -> None:
         self._count("pageflight_refusals_total", reason)
 
+    def replayed(self, num_sequences: int) -> None:
+        self._replayed.total += num_sequences
+
+    def poisoned(self) -> None:
+        self._poisoned.total += 1
+
     def flush(self) -> None:
         histograms = (self._first_token, self._queue, self._end_to_end, self._input_length, self._output_length)
         for histogram in histograms:
             histogram.flush()
         self._inter_token.flush()
+        self._replayed.flush()
+        self._poisoned.flush()
         with self._lock:
             reasons = dict(self._reasons)
         for (name, reason), total in reasons.items():
@@ -98,110 +112,20 @@ class RequestMetrics:
             self._exporter.metric("histogram", name, description, {**self._labels, **labels}, buckets)
         )
 
+    def _counter(self, name: str, description: str) -> Counter:
+        return Counter(self._exporter.metric("counter", name, description, self._labels))
+
     def _count(self, name: str, reason: str) -> None:
         with self._lock:
             self._reasons[name, reason] = self._reasons.get((name, reason), 0) + 1
-
-
-class CoreMetrics:
-    """The core's gauges and counters, published by the model that owns the core."""
-
-    _GAUGES = (
-        ("nv_trt_llm_request_metrics", "request_type", ("active", "max", "scheduled", "context", "waiting")),
-        ("nv_trt_llm_runtime_memory_metrics", "memory_type", ("cpu", "gpu", "pinned")),
-        (
-            "nv_trt_llm_kv_cache_block_metrics",
-            "kv_cache_block_type",
-            ("max", "free", "used", "tokens_per", "reused", "fraction"),
-        ),
-        (
-            "nv_trt_llm_inflight_batcher_metrics",
-            "inflight_batcher_specific_metric",
-            ("total_context_tokens", "generation_requests", "paused_requests", "micro_batch_id"),
-        ),
-        ("nv_trt_llm_general_metrics", "general_type", ("timestamp", "iteration_counter")),
-    )
-    _COUNTERS = (
-        ("prompt_tokens", "Prompt tokens computed or found in the cache"),
-        ("generated_tokens", "Output tokens"),
-        ("cached_tokens", "Prompt tokens found in the prefix cache"),
-        ("recomputed_tokens", "Tokens computed again after preemption or a restart"),
-        ("preemptions", "Sequences that lost their row"),
-        ("cancellations", "Sequences ended by their client"),
-    )
-
-    def __init__(self, exporter: Exporter, labels: Mapping[str, str]) -> None:
-        self._gauges = {
-            (name, kind): Gauge(exporter.metric("gauge", name, f"By {label}", {**labels, label: kind}))
-            for name, label, kinds in self._GAUGES
-            for kind in kinds
-        }
-        self._counters = {
-            name: Counter(exporter.metric("counter", f"pageflight_{name}_total", description, labels))
-            for name, description in self._COUNTERS
-        }
-        self._restarts = Counter(
-            exporter.metric("counter", "pageflight_engine_restarts_total", "Engine cores that took over", labels)
-        )
-        self._seen = CoreStats()
-
-    def core_stats(self, stats: CoreStats) -> None:
-        num_used = stats.num_blocks - stats.num_free_blocks
-        values: dict[str, tuple[float, ...]] = {
-            "nv_trt_llm_request_metrics": (
-                stats.num_running + stats.num_waiting,
-                stats.max_num_seqs,
-                stats.num_running,
-                stats.num_context,
-                stats.num_waiting,
-            ),
-            "nv_trt_llm_runtime_memory_metrics": (
-                stats.cpu_memory_bytes,
-                stats.gpu_memory_bytes,
-                stats.pinned_memory_bytes,
-            ),
-            "nv_trt_llm_kv_cache_block_metrics": (
-                stats.num_blocks,
-                stats.num_free_blocks,
-                num_used,
-                stats.block_size,
-                stats.reused_blocks,
-                num_used / stats.num_blocks if stats.num_blocks else 0.0,
-            ),
-            "nv_trt_llm_inflight_batcher_metrics": (
-                stats.last_step_context_tokens,
-                stats.last_step_generation_rows,
-                stats.num_preempted,
-                0,
-            ),
-            "nv_trt_llm_general_metrics": (int(time.time()), stats.steps),
-        }
-        for name, _, kinds in self._GAUGES:
-            for kind, value in zip(kinds, values[name], strict=True):
-                self._gauges[name, kind].value = value
-        is_new_core = stats.steps < self._seen.steps
-        for name, counter in self._counters.items():
-            counter.total += getattr(stats, name) - (0 if is_new_core else getattr(self._seen, name))
-        self._seen = stats
-
-    def restarted(self, recomputed_tokens: int) -> None:
-        self._seen = CoreStats()
-        self._restarts.total += 1
-        self._counters["recomputed_tokens"].total += recomputed_tokens
-
-    def flush(self) -> None:
-        for gauge in self._gauges.values():
-            gauge.flush()
-        for counter in self._counters.values():
-            counter.flush()
-        self._restarts.flush()
 
 
 class ServingObserver:
     """The `loop.observer.Observer` of a front: its requests, and the core's state where this front publishes it."""
 
     def __init__(self, requests: RequestMetrics, core: CoreMetrics | None) -> None:
-        self._core = core
+        self._core, self._requests = core, requests
+        self.poisoned = requests.poisoned
         self.first_token = requests.first_token
         self.inter_token = requests.inter_token
         self.finished = requests.finished
@@ -211,9 +135,10 @@ class ServingObserver:
         if self._core is not None:
             self._core.core_stats(stats)
 
-    def restarted(self, recomputed_tokens: int) -> None:
+    def restarted(self, num_restarts: int, num_replayed: int) -> None:
+        self._requests.replayed(num_replayed)
         if self._core is not None:
-            self._core.restarted(recomputed_tokens)
+            self._core.restarted(num_restarts)
 
 
 class MetricsFlusher:

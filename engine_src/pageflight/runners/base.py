@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pageflight.core.plan import StepPlan, StepResult
 
@@ -18,6 +18,9 @@ class RunnerLimits:
     max_model_len: int
     vocab_size: int
     token_tile: int = 1
+    num_host_blocks: int = 0
+    host_copy_s: float = 0.0  # seconds of copying one block between device and host, as measured
+    replay_rows: int = 1
 
 
 class Runner(Protocol):
@@ -32,3 +35,11 @@ class Runner(Protocol):
         """Wait for the submitted plan, sample, and return the ids."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class StagingRunner(Protocol):
+    """A runner that can prepare a step while another one runs."""
+
+    def stage(self, plan: StepPlan) -> None:
+        """`plan` will be submitted after the step in flight is collected: prepare what does not depend on its ids."""

@@ -38,8 +38,13 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
     num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
-    model = registry.get(manifest.lowering).load(engine_dir, num_threads=num_threads)
+    lowering = registry.get(manifest.lowering)
+    model = lowering.load(engine_dir, num_threads=num_threads)
     try:
+        if config.scheduler.deterministic:
+            model = lowering.deterministic(
+                model, name=manifest.title, max_num_tokens=config.scheduler.max_num_tokens + model.block_size
+            )
         scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
         capacity = resolve_capacity(
             replace(config.kv, block_size=model.block_size),
@@ -50,8 +55,10 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
         runner = LocalRunner(
             model,
             num_blocks=capacity.kv.num_blocks,
+            num_host_blocks=capacity.kv.num_host_blocks,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=capacity.max_sequence_len,
+            deterministic=scheduler.deterministic,
         )
     except BaseException:
         model.close()

@@ -36,6 +36,8 @@ class FakeRunner:
         num_columns = -(-limits.max_model_len // limits.block_size)
         self._entries = np.zeros((limits.num_blocks, limits.block_size), np.uint64)  # [P, B]
         self._positions = np.full((limits.num_blocks, limits.block_size), _FRESH, np.int64)  # [P, B]
+        self._host_entries = np.zeros((limits.num_host_blocks, limits.block_size), np.uint64)
+        self._host_positions = np.full((limits.num_host_blocks, limits.block_size), _FRESH, np.int64)
         self._tokens = np.zeros((limits.max_num_seqs, limits.max_model_len), np.int64)  # [R, M]
         self._tables = np.full((limits.max_num_seqs, num_columns), -1, np.int64)  # [R, N]
         self._num_known = [0] * limits.max_num_seqs
@@ -54,6 +56,7 @@ class FakeRunner:
         for start in plan.starts:
             self._start_row(start)
         self._update_tables(plan)
+        self._copy_to_and_from_host(plan)
         self._copy(plan)
         self._check_chunks(plan)
         self._in_flight = plan
@@ -75,6 +78,10 @@ class FakeRunner:
             self._tokens[row, known] = token
             self._num_known[row] = known + 1
         return StepResult(plan.step, np.array(ids, np.int32), log_probs)
+
+    def step_tokens(self, plan: StepPlan) -> list[int]:
+        """Ids of the tokens that a submitted plan computes."""
+        return [token for row, start, length, _ in plan.chunks for token in self._tokens[row, start : start + length]]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -98,6 +105,22 @@ class FakeRunner:
             assert 0 <= block < self.limits.num_blocks, f"block {block} does not exist"
             assert self._tables[row, column] < 0, f"column {column} of row {row} was set twice"
             self._tables[row, column] = block
+
+    def _copy_to_and_from_host(self, plan: StepPlan) -> None:
+        if plan.copy_out_blocks is not None:
+            assert plan.copy_out_slots is not None
+            blocks, slots = plan.copy_out_blocks.tolist(), plan.copy_out_slots.tolist()
+            assert len(set(slots)) == len(slots) == len(blocks), "a slot is the target of two copies"
+            assert (self._positions[blocks, 0] != _FRESH).all(), "a block is copied out that was never written"
+            self._host_entries[slots] = self._entries[blocks]
+            self._host_positions[slots] = self._positions[blocks]
+        if plan.copy_in_slots is not None:
+            assert plan.copy_in_blocks is not None
+            slots, blocks = plan.copy_in_slots.tolist(), plan.copy_in_blocks.tolist()
+            assert len(set(blocks)) == len(blocks) == len(slots), "a block is the target of two copies"
+            assert (self._host_positions[slots, 0] != _FRESH).all(), "a slot is copied in that was never written"
+            self._entries[blocks] = self._host_entries[slots]
+            self._positions[blocks] = self._host_positions[slots]
 
     def _copy(self, plan: StepPlan) -> None:
         if plan.copy_sources is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +15,8 @@ from pageflight.runners.base import RunnerLimits
 from pageflight.runners.inputs import BatchRows
 from pageflight.sampling.sampler import FloatArray, Int32Array, NonFiniteLogits, Sampler
 
+COPIES_MEASURED = 16
+COPY_ROUNDS = 6
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -22,8 +27,20 @@ class LocalRunner:
     `collect`, before the next plan's differences are applied.
     """
 
-    def __init__(self, model: CompiledModel, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
-        """Allocate `num_blocks` blocks. Raises ConfigError when a limit cannot work."""
+    def __init__(
+        self,
+        model: CompiledModel,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_host_blocks: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        """Allocate the blocks of both levels. Raises ConfigError when a limit, or `deterministic`, cannot work.
+
+        `deterministic`: output tokens that are computed again are rows of one token each, as they were at first.
+        """
         for name, value in (
             ("num_blocks", num_blocks),
             ("max_num_seqs", max_num_seqs),
@@ -31,19 +48,27 @@ class LocalRunner:
         ):
             if value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
+        model.allocate(num_blocks, num_host_blocks)
         self.limits = RunnerLimits(
             num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            host_copy_s=_measure_copies(model, min(num_blocks, num_host_blocks)),
             block_size=model.block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
             token_tile=model.token_tile,
+            replay_rows=model.replay_rows,
         )
         self._model = model
-        self._rows = BatchRows(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=model.block_size)
+        self._rows = BatchRows(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=model.block_size,
+            splits_output=deterministic,
+        )
         self._sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=model.vocab_size)
         self._in_flight: StepPlan | None = None
-        model.allocate(num_blocks)
 
     def submit(self, plan: StepPlan) -> None:
         """Apply the plan's differences and begin its forward pass; a plan without rows changes state only."""
@@ -53,11 +78,20 @@ class LocalRunner:
         self._rows.apply(plan)
         for start in plan.starts:
             self._sampler.start(start)
+        if plan.copy_out_blocks is not None and plan.copy_out_slots is not None:
+            self._model.copy_out(plan.copy_out_blocks, plan.copy_out_slots)
+        if plan.copy_in_slots is not None and plan.copy_in_blocks is not None:
+            self._model.copy_in(plan.copy_in_slots, plan.copy_in_blocks)
         if plan.copy_sources is not None and plan.copy_targets is not None and plan.copy_sources.size:
             self._model.copy_blocks(plan.copy_sources, plan.copy_targets)
         if plan.rows.size:
             self._model.start(self._rows.prepare(plan))
         self._in_flight = plan
+
+    def stage(self, plan: StepPlan) -> None:
+        """Prepare the next plan while one runs, where rows only go on decoding."""
+        if not (plan.starts or plan.ended_rows) and plan.copy_sources is None:
+            self._rows.stage(plan)
 
     def collect(self) -> StepResult:
         """Wait for the submitted plan, sample, and return the ids; rows whose logits are not finite are `broken`."""
@@ -94,3 +128,17 @@ class LocalRunner:
 
     def close(self) -> None:
         self._model.close()
+
+
+def _measure_copies(model: CompiledModel, num_blocks: int) -> float:
+    """Seconds of copying one block to the host or back: of a few at once, as a swap copies them."""
+    if not num_blocks:
+        return 0.0
+    ids = np.arange(min(num_blocks, COPIES_MEASURED), dtype=np.int32)
+    times = []
+    for _ in range(COPY_ROUNDS):
+        begin_s = time.perf_counter()
+        model.copy_out(ids, ids)
+        model.copy_in(ids, ids)
+        times.append(time.perf_counter() - begin_s)
+    return statistics.median(times[1:]) / (2 * ids.size)  # the first one pays for pages never touched before

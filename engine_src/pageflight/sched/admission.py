@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageflight.core.errors import InvalidArgument, PromptTooLong
-from pageflight.core.request import Request
+from pageflight.core.request import MAX_PRIORITY, Request
 from pageflight.kv.capacity import blocks_for
 
 
@@ -47,6 +47,9 @@ class AdmissionLimits:
             raise InvalidArgument("handle", request.handle, "must be from 0 and fit 63 bits")
         if request.deadline_s is not None and request.deadline_s != request.deadline_s:
             raise InvalidArgument("timeout_ms", request.deadline_s, "must be a number")
+        retention = request.kv_retention_priority
+        if retention is not None and not 0 <= retention <= MAX_PRIORITY:
+            raise InvalidArgument("kv_retention_priority", retention, f"must be 0 to {MAX_PRIORITY}")
         self._check_length(len(request.prompt_ids), sampling.max_tokens)
         if len(request.output_ids) > sampling.max_tokens:
             raise InvalidArgument("output_ids", len(request.output_ids), f"at most max_tokens={sampling.max_tokens}")

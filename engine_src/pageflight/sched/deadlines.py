@@ -21,7 +21,7 @@ class Deadlines:
         deadline_s = sequence.request.deadline_s
         if deadline_s is None:
             return
-        heapq.heappush(self._heap, (deadline_s, sequence.serial, sequence))
+        heapq.heappush(self._heap, (deadline_s, sequence.rank[1], sequence))
         if len(self._heap) >= self._compact_at:
             self._heap = [item for item in self._heap if item[2].state is not State.ENDED]
             heapq.heapify(self._heap)

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageflight.core.plan import RowStart, StepPlan
+from pageflight.kv.host_tier import HostCopies
 from pageflight.sched.sequence import Sequence
+from pageflight.sched.step_time import Load
 
 
 @dataclass(slots=True)
@@ -55,6 +57,10 @@ class Flight:
     epochs: NDArray[np.int64]  # [S]
     all_sample: bool
     completed: list[Sequence]  # their prompt is computed by this plan
+    num_context_tokens: int
+    num_generation_rows: int
+    planned_s: float
+    load: Load | None  # for the pacer
 
 
 @dataclass(slots=True)
@@ -93,13 +99,19 @@ class Draft:
         starts_at: NDArray[np.int32],
         lengths: NDArray[np.int32],
         samples: NDArray[np.bool_],
+        host: HostCopies,
     ) -> StepPlan:
         """The plan: these chunks, after the differences gathered here."""
         table_rows = table_columns = table_blocks = copy_sources = copy_targets = None
+        out_blocks = out_slots = in_slots = in_blocks = None
         if self.table:
             table_rows, table_columns, table_blocks = np.array(self.table, np.int32).T.copy()
         if self.copies:
             _rows, copy_sources, copy_targets = np.array(self.copies, np.int32).T.copy()
+        if host.outs:
+            out_blocks, out_slots = np.array(host.outs, np.int32).T.copy()
+        if host.ins:
+            in_slots, in_blocks = np.array(host.ins, np.int32).T.copy()
         return StepPlan(
             step=step,
             rows=rows,
@@ -113,4 +125,8 @@ class Draft:
             table_blocks=table_blocks,
             copy_sources=copy_sources,
             copy_targets=copy_targets,
+            copy_out_blocks=out_blocks,
+            copy_out_slots=out_slots,
+            copy_in_slots=in_slots,
+            copy_in_blocks=in_blocks,
         )

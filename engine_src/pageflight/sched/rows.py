@@ -29,12 +29,15 @@ class Rows:
         self.num_blocks = np.zeros(num_rows, np.int32)  # held, the used part of a row's table
         self.num_known = np.zeros(num_rows, np.int32)  # tokens, with those sampled by steps that are not settled
         self.num_settled = np.zeros(num_rows, np.int32)  # tokens whose ids are here
+        self.num_prompt = np.zeros(num_rows, np.int32)
+        self.num_shared = np.zeros(num_rows, np.int32)  # of its blocks, those that it found computed
         self.max_len = np.zeros(num_rows, np.int32)  # length at which max_tokens ends the row
         self.min_len = np.zeros(num_rows, np.int32)  # length up to which a stop id does not end it
         self.handles = np.zeros(num_rows, np.int64)
         self.epochs = np.zeros(num_rows, np.int64)  # how often the row was released: tells its holders apart
-        self.priorities = np.zeros(num_rows, np.int64)
-        self.serials = np.full(num_rows, -1, np.int64)  # order of arrival; -1 for free rows
+        self.levels = np.zeros(num_rows, np.float64)  # first part of the rank
+        self.serials = np.full(num_rows, -1, np.int64)  # second part of the rank; -1 for free rows
+        self.lanes = np.full(num_rows, -1, np.int32)  # of the tenant, where the policy keeps accounts
         self.decoding = np.zeros(num_rows, np.bool_)  # takes part in the next step with its last token
         self.stop_ids = np.full((NUM_STOP_COLUMNS, num_rows), -1, np.int32)  # [K, R]
         self.num_stop_columns = 0  # columns that any row has used
@@ -61,11 +64,13 @@ class Rows:
         self.tables[row, : len(blocks)] = blocks
         self.num_blocks[row] = len(blocks)
         self.num_known[row] = self.num_settled[row] = known
+        self.num_prompt[row] = sequence.num_prompt
+        self.num_shared[row] = sequence.num_shared
         self.max_len[row] = sequence.max_len
         self.min_len[row] = sequence.num_prompt + sampling.min_tokens
         self.handles[row] = sequence.handle
-        self.priorities[row] = sequence.request.priority
-        self.serials[row] = sequence.serial
+        self.levels[row], self.serials[row] = sequence.rank
+        self.lanes[row] = sequence.tenant.lane
         stop_ids = sampling.stop_token_ids
         self.stop_ids[:, row] = -1
         if len(stop_ids) <= NUM_STOP_COLUMNS:
@@ -99,16 +104,24 @@ class Rows:
         assert sequence is not None, f"row {row} is free"
         return sequence
 
-    def worst(self) -> Sequence:
-        """The running sequence that is served last: lowest priority, then youngest. At least one row is held."""
-        held = np.flatnonzero(self.serials >= 0)
-        priorities = self.priorities[held]
-        lowest = held[priorities == priorities.min()]
-        return self.held_by(int(lowest[self.serials[lowest].argmax()]))
+    def held(self) -> NDArray[np.int32]:
+        """The rows that are not free."""
+        return np.flatnonzero(self.serials >= 0).astype(np.int32)
+
+    def by_rank(self, rows: NDArray[np.int32], excess: NDArray[np.float64] | None) -> NDArray[np.int32]:
+        """`rows` by `excess` where it matters, then by rank: who is served last comes last."""
+        keys = (self.serials[rows], self.levels[rows])
+        order: NDArray[np.intp] = np.lexsort(keys if excess is None else (*keys, excess))
+        return rows[order]
 
     def num_growing(self) -> int:
         """How many running sequences will still need a block that they do not hold yet."""
         return int(np.count_nonzero(self.max_len - 1 > self.num_blocks * self.block_size))
+
+    def num_missing(self) -> int:
+        """How many blocks all running sequences will still need until their full length."""
+        full = (self.max_len - 2) // self.block_size + 1
+        return int(np.maximum(full - self.num_blocks, 0).sum())
 
     def blocks(self, row: int) -> list[int]:
         """The row's blocks, first to last."""

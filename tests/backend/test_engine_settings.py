@@ -1,0 +1,100 @@
+"""What a build was asked for reaches the engine core, through config.pbtxt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+
+from pageflight.backend.engine import core_spec
+from pageflight.backend.settings import ModelSettings
+from pageflight.core.config import SchedulerConfig
+from pageflight.core.errors import ConfigError
+from pageflight.core.manifest import EngineManifest
+from pageflight_build.options import ServingOptions
+from pageflight_build.record import ModelRecord
+from pageflight_build.repository import deployments
+from pageflight_build.triton_config import model_configs
+
+SERVING = ServingOptions(
+    deterministic=True,
+    kv_memory=3 << 20,
+    max_num_seqs=5,
+    max_num_tokens=6,
+    max_queue_size=7,
+    max_queue_tokens=8,
+    scheduling_policy="fair",
+    ageing_s=9.5,
+    tenants="/somewhere/tenants.json",
+    kv_admission="reserve",
+    kv_watermark=0.25,
+    target_inter_token_ms=42.5,
+    threads=3,
+    prefix_cache=False,
+)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "engine" / "1" / "artifacts"
+    folder.mkdir(parents=True)
+    EngineManifest(
+        name="x", family="llama", lowering="openvino", dtype="fp32", kv_dtype="fp32", block_size=32, max_model_len=77,
+        vocab_size=8, model={}, fingerprint={}, files=(),
+    ).write(folder)  # fmt: skip
+    return tmp_path
+
+
+def settings(repository: Path, serving: ServingOptions = SERVING, **edited: str) -> ModelSettings:
+    """As Triton tells them to a stub; `edited` parameters were changed by hand."""
+    record = ModelRecord(name="x", checkpoint="c", engine_inputs="", serving=serving, default=True)
+    config = model_configs(deployments([record])["x"])["engine"]
+    for name, value in edited.items():
+        config.parameters[name].string_value = value
+    arguments: dict[str, Any] = {
+        "model_name": "engine",
+        "model_version": "1",
+        "model_repository": str(repository / "engine"),
+        "model_instance_name": "engine_0_0",
+        "model_config": json_format.MessageToJson(config, preserving_proto_field_name=True),
+    }
+    assert json.loads(arguments["model_config"])["parameters"]
+    return ModelSettings.read(arguments)
+
+
+def test_every_setting_of_the_scheduler_reaches_the_core(repository: Path) -> None:
+    """An option was parsed, written into config.pbtxt, and read by nobody."""
+    spec = core_spec(settings(repository))
+    scheduler, default = spec.config.scheduler, SchedulerConfig()
+    assert scheduler == SERVING.scheduler(max_model_len=77)
+    resolved_later = {"token_tile", "tenants", "replay_rows"}
+    for item in fields(SchedulerConfig):
+        same = getattr(scheduler, item.name) == getattr(default, item.name)
+        assert same == (item.name in resolved_later), item.name
+    assert spec.tenants_file == "/somewhere/tenants.json"
+    assert spec.config.kv.memory_bytes == 3 << 20 and not spec.config.kv.prefix_cache and spec.config.num_threads == 3
+
+
+def test_a_tenants_file_named_by_hand_is_looked_for_in_the_repository(repository: Path) -> None:
+    assert core_spec(settings(repository, tenants="t.json")).tenants_file == str(repository / "t.json")
+    assert core_spec(settings(repository, replace(SERVING, tenants=""))).tenants_file == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("scheduling_policy", "lottery", "scheduling_policy='lottery': supported are fcfs, priority, fair"),
+        ("kv_admission", "", "kv_admission='': supported are forecast, optimistic, reserve"),
+        ("ageing_s", "soon", "ageing_s='soon' is not a number"),
+        ("kv_watermark", "1.5", "kv_watermark=1.5"),
+        ("max_queue_tokens", "-1", "max_queue_tokens=-1"),
+    ],
+)
+def test_a_setting_that_was_edited_wrongly_is_named(repository: Path, name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        core_spec(settings(repository, **{name: value}))
+    assert words in str(caught.value) and "config.pbtxt of engine" in str(caught.value)
