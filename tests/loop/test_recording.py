@@ -43,7 +43,9 @@ from pageflight.sched.scheduler import Scheduler
 
 VOCAB_SIZE = 13
 CONFIG = EngineConfig(
-    scheduler=SchedulerConfig(max_num_tokens=12, max_num_seqs=5, max_model_len=48, max_queue_size=6),
+    scheduler=SchedulerConfig(
+        max_num_tokens=12, max_num_seqs=5, max_model_len=48, max_queue_size=6, kv_admission="optimistic"
+    ),
     kv=KVConfig(block_size=2, num_blocks=24),
 )
 LIMITS = RunnerLimits(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, SchedulerConfig
 from pageflight.core.manifest import EngineManifest, FileRecord
 from pageflight.core.request import Request
 from pageflight.core.stats import CoreStats
@@ -93,12 +93,14 @@ def load(
     prefix_cache: bool = True,
     host_memory: int = 0,
     deterministic: bool = False,
+    kv_admission: KVAdmission = "forecast",
 ) -> tuple[LoadedEngine, SchedulerConfig]:
     scheduler = SchedulerConfig(
         max_num_tokens=max_num_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=MAX_LEN,
         deterministic=deterministic,
+        kv_admission=kv_admission,
     )
     kv = KVConfig(
         num_blocks=num_blocks,
@@ -121,7 +123,10 @@ def serve(
     ahead: bool | None = None,
     deterministic: bool = False,
 ) -> Served:
-    """Run the requests to their ends through scheduler, loop and LocalRunner."""
+    """Run the requests to their ends through scheduler, loop and LocalRunner.
+
+    A cache of a given size is one that is meant to be too small: nobody forecasts what will fit.
+    """
     engine, config = load(
         engine_dir,
         num_blocks=num_blocks,
@@ -130,6 +135,7 @@ def serve(
         prefix_cache=prefix_cache,
         host_memory=host_memory,
         deterministic=deterministic,
+        kv_admission="optimistic" if num_blocks else "forecast",
     )
     limits = engine.runner.limits
     settings = replace(config, max_model_len=limits.max_model_len, replay_rows=limits.replay_rows)

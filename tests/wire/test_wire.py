@@ -68,10 +68,10 @@ def test_limits_can_be_read_for_every_option() -> None:
         assert option.meaning
 
 
-def test_wire_imports_the_standard_library_only() -> None:
+def test_wire_imports_the_standard_library_and_what_requests_are_only() -> None:
     tree = ast.parse((ROOT / "engine_src/pageflight/core/wire.py").read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "dataclasses", "typing"}
+    assert imported <= {"__future__", "dataclasses", "typing", "pageflight.core.request"}
 
 
 def test_committed_model_repository_is_what_the_generator_writes() -> None:

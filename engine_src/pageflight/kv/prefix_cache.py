@@ -39,16 +39,17 @@ def output_root(parent: bytes, num_prompt: int) -> bytes:
 
 def extend_chain(
     digests: list[bytes], parent: bytes, token_ids: NDArray[np.int32], num_blocks: int, block_size: int
-) -> None:
+) -> bytes:
     """Grow `digests` to `num_blocks` entries, for the first full blocks of `token_ids` ([tokens] int32).
 
-    `parent` is the last of `digests`, or the chain's root while there is none.
+    `parent` is the last of `digests`, or the chain's root while there is none. Returns the last digest.
     """
     for index in range(len(digests), num_blocks):
         ids = token_ids[index * block_size : (index + 1) * block_size]
-        assert len(ids) == block_size, "only full blocks have a digest"
+        assert ids.size == block_size, "only full blocks have a digest"
         parent = blake2b(parent + ids.tobytes(), digest_size=DIGEST_BYTES).digest()
         digests.append(parent)
+    return parent
 
 
 class PrefixCache:

@@ -173,16 +173,17 @@ class KVSpace:
 
     def _extend_digests(self, sequence: Sequence, tokens: NDArray[np.int32], num_full: int) -> None:
         digests = sequence.digests
-        if len(digests) >= num_full:
+        num_known = len(digests)
+        if num_known >= num_full:
             return
         request = sequence.request
-        parent = digests[-1] if digests else chain_root(request.tenant, request.cache_salt)
+        parent = digests[-1] if num_known else chain_root(request.tenant, request.cache_salt)
         num_plain = sequence.num_prompt // self.block_size if self._tells_output else num_full
-        if len(digests) < num_plain:
-            extend_chain(digests, parent, tokens, min(num_plain, num_full), self.block_size)
-            parent = digests[-1]
-        if len(digests) < num_full:
-            if len(digests) == num_plain:
+        if num_known < num_plain:
+            num_known = num_plain if num_plain < num_full else num_full
+            parent = extend_chain(digests, parent, tokens, num_known, self.block_size)
+        if num_known < num_full:
+            if num_known == num_plain:
                 parent = output_root(parent, sequence.num_prompt)
             extend_chain(digests, parent, tokens, num_full, self.block_size)
 

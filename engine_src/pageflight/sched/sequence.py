@@ -61,12 +61,9 @@ class Sequence:
     num_cached_tokens: int = 0
     num_reused_blocks: int = 0
     num_new_blocks: int = 0
+    num_prompt: int = field(init=False)
+    max_len: int = field(init=False)  # of prompt and output, at which `max_tokens` ends the sequence
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def max_len(self) -> int:
-        """Length of prompt and output at which `max_tokens` ends the sequence."""
-        return self.num_prompt + self.request.sampling.max_tokens
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_ids)  # both asked for too often to be derived each time
+        self.max_len = self.num_prompt + self.request.sampling.max_tokens
