@@ -45,12 +45,17 @@ LEAVES = {
 
 
 IN_PROCESS = {
+    "cache_pressure.py",
     "decode_steps.py",
     "engine_alone.py",
+    "drive.py",
     "engine_steps.py",
     "host_cost.py",
     "host_counts.py",
     "inter_token.py",
+    "prefix_cache.py",
+    "survival.py",
+    "virtual_engine.py",
 }
 """Benchmarks of a part alone, measured beside the server; everything else in perf/ is a client."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 REMEMBERED = 256
-UNKNOWN_SHARE = 0.5
+UNKNOWN_SHARE = 0.25
 """Of the tokens that a sequence may still bring, while no answer was longer than it already is."""
 
 FloatArray = NDArray[np.float64]
