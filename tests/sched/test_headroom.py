@@ -6,24 +6,44 @@ import numpy as np
 import pytest
 from sched_harness import VOCAB_SIZE, Harness
 
-from pageflight.sched.forecast import REMEMBERED, UNKNOWN_SHARE, Forecast
+from pageflight.sched.forecast import REMEMBERED, Forecast
+
+SERIALS = np.arange(1000)
 
 
 def test_a_sequence_is_expected_to_end_as_those_did_that_were_longer() -> None:
     """The mean of all answers said of a sequence beyond it that it had ended already."""
-    forecast = Forecast(block_size=4)
+    forecast, none = Forecast(block_size=4), np.zeros(1000, np.int64)
     for length in (10, 20, 60):
         forecast.learn(length)
-    remaining = forecast.remaining(np.array([0, 10, 19, 20, 59]), np.array([100, 100, 100, 100, 100]))
-    assert remaining.tolist() == [30, 30, 21, 40, 1]
-    assert forecast.remaining(np.array([0, 59]), np.array([7, 59])).tolist() == [7, 0], "never beyond its limit"
+    fresh = forecast.remaining(SERIALS, none, none + 100)
+    shares = [float((fresh == length).mean()) for length in (10, 20, 60)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.01), "as many of each length as there were"
+    older = forecast.remaining(SERIALS, none + 10, none + 100)
+    assert [float((older == length - 10).mean()) for length in (20, 60)] == pytest.approx([0.5] * 2, abs=0.01)
+    assert (forecast.remaining(SERIALS, none + 20, none + 100) == 40).all()
+    assert (forecast.remaining(SERIALS, none + 59, none + 59) == 0).all(), "never beyond its limit"
 
 
-def test_what_no_answer_has_shown_is_a_share_of_what_is_left() -> None:
+def test_what_no_answer_has_shown_may_be_anything_up_to_the_limit() -> None:
+    """Half of the limit was expected of all, which clients set far above what they use: the engine stood half empty."""
     forecast = Forecast(block_size=4)
-    assert forecast.remaining(np.array([0]), np.array([80])).tolist() == [80 * UNKNOWN_SHARE]
-    forecast.learn(30)
-    assert forecast.remaining(np.array([30]), np.array([80])).tolist() == [50 * UNKNOWN_SHARE]
+    done, limit = np.full(1000, 30), np.full(1000, 80)
+    for num_learnt in range(2):  # nothing, then one that was no longer
+        expected = forecast.remaining(SERIALS, done, limit)
+        assert np.sort(expected) == pytest.approx(np.linspace(0, 50, 1000), abs=0.2), num_learnt
+        forecast.learn(30)
+
+
+def test_what_is_expected_of_a_sequence_does_not_jump_about() -> None:
+    """The plan of a step must follow from the calls before it, and a forecast that changes its mind is none."""
+    forecast = Forecast(block_size=4)
+    for length in range(10, 110):
+        forecast.learn(length)
+    ages = np.arange(0, 100, 5)
+    for serial in range(20):
+        ends = ages + forecast.remaining(np.full(20, serial), ages, np.full(20, 200))
+        assert (np.diff(ends) >= 0).all(), "older sequences end later"
 
 
 def test_old_answers_are_forgotten() -> None:
@@ -31,7 +51,18 @@ def test_old_answers_are_forgotten() -> None:
     forecast = Forecast(block_size=4)
     for length in [1000] * REMEMBERED + [10] * REMEMBERED:
         forecast.learn(length)
-    assert forecast.remaining(np.array([0]), np.array([2000])).tolist() == [10]
+    assert (forecast.remaining(SERIALS, np.zeros(1000, np.int64), np.full(1000, 2000)) == 10).all()
+
+
+def test_equal_prospects_do_not_end_all_at_once() -> None:
+    """Every new sequence was expected to be as long as the mean: together they seemed to need half as much again."""
+    forecast = Forecast(block_size=1)
+    for length in range(100, 300):
+        forecast.learn(length)
+    none = np.zeros(64, np.int64)
+    peak = forecast.peak_blocks(none, forecast.remaining(np.arange(64), none, none + 1000))
+    as_the_mean = forecast.peak_blocks(none, np.full(64, 200.0))
+    assert 100 * 64 < peak < 0.8 * as_the_mean
 
 
 def test_the_peak_counts_what_is_free_again_when_the_next_one_grows() -> None:

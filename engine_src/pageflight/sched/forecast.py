@@ -10,25 +10,31 @@ Shapes: R sequences, those that run and the one that might start; H answers reme
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 REMEMBERED = 256
-UNKNOWN_SHARE = 0.25
-"""Of the tokens that a sequence may still bring, while no answer was longer than it already is."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Parts behind the point of its multiples fill the interval from 0 to 1 evenly, however many there are."""
 
 FloatArray = NDArray[np.float64]
 
 
 class Forecast:
-    """Answers that ended, as a distribution of their lengths."""
+    """Answers that ended, as a distribution of their lengths.
+
+    Every sequence is expected to be as long as one of them, a short one or a long one by its serial number. Were all
+    expected to be as long as the mean, they would seem to grow all at once and to end all at once, which needs far more
+    room than they ever do.
+    """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._lengths = np.zeros(REMEMBERED)  # a ring
         self._num_learnt = 0
         self._sorted: FloatArray | None = None  # [H] of the lengths, made when they are asked for
-        self._mean_from = self._lengths  # [H] mean of the sorted lengths from each on
 
     def learn(self, num_tokens: int) -> None:
         """A sequence has ended after so many output tokens, however it ended."""
@@ -36,20 +42,23 @@ class Forecast:
         self._num_learnt += 1
         self._sorted = None
 
-    def remaining(self, done_R: NDArray[np.int64], limit_R: NDArray[np.int64]) -> FloatArray:
+    def remaining(
+        self, serials_R: NDArray[np.int64], done_R: NDArray[np.int64], limit_R: NDArray[np.int64]
+    ) -> FloatArray:
         """Output tokens still to be expected of sequences that have `done_R` of at most `limit_R`.
 
-        The mean of the answers that were longer than a sequence already is.
+        They end as the answers did that were longer than they already are; where none was, anywhere up to the limit.
         """
         lengths = self._sorted
         if lengths is None:
             lengths = self._sorted = np.sort(self._lengths[: self._num_learnt])
-            self._mean_from = np.cumsum(lengths[::-1])[::-1] / np.arange(len(lengths), 0, -1)
-        left_R = limit_R - done_R
-        expected_R = (UNKNOWN_SHARE * left_R).astype(np.float64)
+        left_R, share_R = limit_R - done_R, serials_R * GOLDEN % 1.0
+        expected_R = share_R * left_R
         first_longer_R = np.searchsorted(lengths, done_R, side="right")
-        known_R = first_longer_R < len(lengths)
-        expected_R[known_R] = self._mean_from[first_longer_R[known_R]] - done_R[known_R]
+        num_longer_R = len(lengths) - first_longer_R
+        known_R = num_longer_R > 0
+        index_R = first_longer_R + (share_R * num_longer_R).astype(np.int64)
+        expected_R[known_R] = lengths[index_R[known_R]] - done_R[known_R]
         np.minimum(expected_R, left_R, out=expected_R)
         return expected_R
 

@@ -58,9 +58,10 @@ class Headroom:
         held = rows.held()
         shared_R = rows.num_shared[held]
         tokens_R = np.append(rows.num_known[held] - shared_R * space.block_size, num_new * space.block_size)
+        serials_R = np.append(rows.serials[held], sequence.rank[1])
         done_R = np.append(rows.num_known[held] - rows.num_prompt[held], len(sequence.tokens) - sequence.num_prompt)
         limit_R = np.append(rows.max_len[held] - rows.num_prompt[held], sequence.request.sampling.max_tokens)
-        peak = self._forecast.peak_blocks(tokens_R, self._forecast.remaining(done_R, limit_R))
+        peak = self._forecast.peak_blocks(tokens_R, self._forecast.remaining(serials_R, done_R, limit_R))
         num_used = space.pool.num_blocks - space.pool.num_free
         num_shared = max(0, num_used - int((rows.num_blocks[held] - shared_R).sum()))
         return self._watermark + math.ceil(peak) + num_shared - num_used - num_new - space.num_swappable()
