@@ -35,7 +35,6 @@ from perf.workload import Workload
 
 WAVES = ("cold", "warm", "back")
 SIDES = ("off", "on", "host")
-FILL_TOKENS = 16  # of the answers that fill the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,9 @@ def measure(
 
 def fill(drive: Drive, workload: Workload, *, num_blocks: int, block_size: int, vocab_size: int, seed: int) -> None:
     """Other prompts, until every block of the cache has been one of theirs."""
-    num_requests = 2 * -(-num_blocks * block_size // (workload.num_prompt + FILL_TOKENS))
+    num_requests = -(-num_blocks // (workload.num_prompt // block_size)) + 1
     other = replace(workload, num_requests=num_requests, num_shared=0, num_own=workload.num_prompt)
-    drive.run(jobs(other.prompts(vocab_size, seed + 3), FILL_TOKENS, 10_000))
+    drive.run(jobs(other.prompts(vocab_size, seed + 3), 1, len(WAVES) * workload.num_requests))
 
 
 def records(turns: list[dict[str, list[Wave]]], workload: Workload, block_size: int) -> list[figures.Record]:
