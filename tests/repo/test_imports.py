@@ -51,8 +51,9 @@ IN_PROCESS = {
     "host_cost.py",
     "host_counts.py",
     "inter_token.py",
+    "responses.py",
 }
-"""Benchmarks of a part alone, measured beside the server; everything else in perf/ is a client."""
+"""Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""
 
 
 @dataclass(frozen=True)
