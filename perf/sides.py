@@ -125,18 +125,8 @@ class TritonSide:
 
     def start(self) -> None:
         build_repository(self.checkpoint, self.repository, self.weights, self.kv_gib)
-        ports = [free_port() for _ in range(3)]
-        self._address = f"127.0.0.1:{ports[1]}"
-        names = ("--http-port", "--grpc-port", "--metrics-port")
-        options = [word for name, port in zip(names, ports, strict=True) for word in (name, str(port))]
-        command = [*pageflight_command(), "serve", str(self.repository), "--host", "127.0.0.1", *options]
-        self._child = Child(command, self.repository.with_name(f"{self.label}.log"))
-        end_s = time.monotonic() + START_S
-        while not is_healthy(f"http://127.0.0.1:{ports[0]}/v2/health/ready"):
-            self._child.check_alive()
-            if time.monotonic() > end_s:
-                raise SideError(f"{self.label} is not ready after {START_S:.0f} s; log: {self._child.log}")
-            time.sleep(0.5)
+        log = self.repository.with_name(f"{self.label}.log")
+        self._child, self._address = start_triton([*pageflight_command(), "serve", str(self.repository)], log)
         self._model = load.find_model(self._address, "engine", tokenizer="", timeout_s=START_S)
 
     def measure(self, workload: Workload, seed: int) -> figures.Record:
@@ -275,6 +265,30 @@ class GenaiSide:
 def pageflight_command() -> list[str]:
     """The console script beside the running interpreter."""
     return [str(Path(sys.executable).with_name("pageflight"))]
+
+
+def start_triton(
+    command: Sequence[str], log: Path, *, host_option: str = "--host", environment: Mapping[str, str] | None = None
+) -> tuple[Child, str]:
+    """Starts a server of Triton's protocol on free ports; its process and gRPC address once it is ready.
+
+    Raises SideError when it ends, or is not ready in time.
+    """
+    ports = [free_port() for _ in range(3)]
+    names = ("--http-port", "--grpc-port", "--metrics-port")
+    options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
+    child = Child([*command, f"{host_option}=127.0.0.1", *options], log, environment=environment)
+    end_s = time.monotonic() + START_S
+    try:
+        while not is_healthy(f"http://127.0.0.1:{ports[0]}/v2/health/ready"):
+            child.check_alive()
+            if time.monotonic() > end_s:
+                raise SideError(f"not ready after {START_S:.0f} s; log: {log}")
+            time.sleep(0.5)
+    except BaseException:
+        child.stop()
+        raise
+    return child, f"127.0.0.1:{ports[1]}"
 
 
 def build_repository(checkpoint: Path, repository: Path, dtype: str, kv_gib: int) -> None:

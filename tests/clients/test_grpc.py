@@ -94,7 +94,7 @@ def test_several_sequences_come_with_their_index(server: Server) -> None:
 
 
 def test_several_sequences_in_one_response(server: Server) -> None:
-    body = {"text_input": PROMPT, "max_tokens": 5, "num_return_sequences": 3, "temperature": 1.0}
+    body = {"text_input": PROMPT, "max_tokens": 5, "num_return_sequences": 3, "temperature": 1.0, "ignore_eos": True}
     answer = server.generate(**body, return_finish_reason=True, return_num_output_tokens=True).json()
     assert len(answer["text_output"]) == 3
     assert answer["finish_reason"] == ["length"] * 3

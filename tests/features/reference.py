@@ -119,9 +119,12 @@ class Reference:
         return int(ids[int(np.searchsorted(ends, uniform, side="right"))])
 
     def _drawing(
-        self, scores: np.ndarray, position: int, options: Mapping[str, Any], index: int
+        self, scores: np.ndarray, position: int, options: Mapping[str, Any], index: int, *, more: int = 0
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Candidates by id, where their intervals end, and the random number that falls into one of them."""
+        """Candidates by id, where their intervals end, and the random number that falls into one of them.
+
+        With `more` candidates than the probabilities of the best come to `top_p` with.
+        """
         asks = {"seed", "runtime_top_k", "runtime_top_p", "min_p", "temperature"} & options.keys()
         if not asks or options.get("temperature") == 0:
             return np.array([scores.argmax()]), np.ones(1), 0.0
@@ -133,13 +136,19 @@ class Reference:
         top_p = options.get("runtime_top_p", 1.0)
         if top_p < 1:
             order = np.argsort(-weights, kind="stable")
-            count = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1
-            weights[order[count:]] = 0
+            count = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1 + more
+            weights[order[max(1, count) :]] = 0
         ids = np.flatnonzero(weights)
         return ids, np.cumsum(weights[ids]) / weights.sum(), _uniform(options["seed"], index, position)
 
     def _is_close(self, scores: np.ndarray, token: int, position: int, options: Mapping[str, Any], index: int) -> bool:
-        ids, ends, uniform = self._drawing(scores, position, options, index)
+        """A candidate more or less, where the sum is near `top_p`, moves the intervals of all."""
+        return any(
+            self._is_near(*self._drawing(scores, position, options, index, more=more), scores, token)
+            for more in ((0, -1, 1) if self._margin and options.get("runtime_top_p", 1.0) < 1 else (0,))
+        )
+
+    def _is_near(self, ids: np.ndarray, ends: np.ndarray, uniform: float, scores: np.ndarray, token: int) -> bool:
         if ids.size == 1:
             return bool(scores[token] >= scores.max() - self._margin)
         if token not in ids:

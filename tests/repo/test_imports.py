@@ -54,10 +54,11 @@ IN_PROCESS = {
     "host_counts.py",
     "inter_token.py",
     "prefix_cache.py",
+    "responses.py",
     "survival.py",
     "virtual_engine.py",
 }
-"""Benchmarks of a part alone, measured beside the server; everything else in perf/ is a client."""
+"""Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""
 
 
 @dataclass(frozen=True)

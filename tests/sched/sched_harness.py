@@ -171,12 +171,14 @@ class Harness:
     def _check_nothing_idles(self, plan: StepPlan | None) -> None:
         """Work conservation: whoever may start, by quotas, rows, budget and blocks, has been started."""
         batch = self.scheduler._batch
-        head = batch.waiting.peek()
         num_left = self.config.max_num_tokens - (plan.num_tokens if plan is not None else 0)
         least = self.kv.block_size if self.config.deterministic else 1  # of which a chunk can be made
         if self.config.target_inter_token_ms or num_left < least:
             return
-        if head is None or not batch.rows.num_free:
+        if not batch.rows.num_free:
+            return
+        head = batch.waiting.peek()  # `plan` did so last: elsewhere it would tell the policy that a tenant leaves
+        if head is None:
             return
         if self.config.kv_admission == "forecast" and batch.rows.num_held:
             return  # this plan has moved the running ones on, and with them what is expected

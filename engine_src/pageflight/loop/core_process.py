@@ -58,6 +58,7 @@ class FakeEngine(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["checking", "instant"] = "checking"
     vocab_size: int = 400
     first_id: int = 0
+    num_blocks: int = 1024
     step_s: float = 0.0
     start_s: float = 0.0
     faults: tuple[Fault, ...] = ()
@@ -279,7 +280,7 @@ def _fake_runner(fake: FakeEngine, config: EngineConfig) -> Runner:
     from pageflight.runners.faulty import FaultyRunner
 
     limits = RunnerLimits(
-        num_blocks=config.kv.num_blocks or 1024,
+        num_blocks=config.kv.num_blocks or fake.num_blocks,
         num_host_blocks=config.kv.num_host_blocks,
         block_size=config.kv.block_size,
         max_num_seqs=config.scheduler.max_num_seqs,

@@ -37,7 +37,8 @@ from pageflight.loop.frames import (
 )
 from pageflight.loop.observer import Observer
 from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, replay_of, request_of
-from pageflight.loop.pacing import HOLD_LIMIT_S, Pacing
+from pageflight.loop.outbox import Outbox
+from pageflight.loop.pacing import Pacing
 from pageflight.loop.status import read_status
 from pageflight.sched.admission import AdmissionLimits
 
@@ -64,8 +65,8 @@ class Front:
     ) -> None:
         """`response_rate`: see `Pacing`. `is_ending` is asked with every request: whether to refuse it (Draining)."""
         self._address, self._text, self._observer = address, text, observer
-        self._pacing, self._is_ending = Pacing(response_rate), is_ending
-        self._held: dict[OpenSequence, None] = {}  # streams with news that nobody has been told yet
+        self._is_ending = is_ending
+        self._outbox = Outbox(Pacing(response_rate), self._cancel_unheard)
         self._client = CoreClient(address)
         self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
         self._idle = threading.Condition(self._lock)
@@ -191,9 +192,9 @@ class Front:
         try:
             while not self._stopping:
                 is_waiting = self._epoch is None and self._lost is None
-                patience_s = HOLD_LIMIT_S / 2 if self._held else _STATUS_INTERVAL_S if is_waiting else 60.0
+                patience_s = self._outbox.patience_s or (_STATUS_INTERVAL_S if is_waiting else 60.0)
                 self._handle(self._client.receive(patience_s))
-                self._tell_overdue()
+                self._outbox.tell_overdue()
                 if self._epoch is None and self._lost is None:
                     self._end_cancelled()
                     self._look_for_supervisor()
@@ -259,7 +260,7 @@ class Front:
     ) -> None:
         finals = dict(ended)
         stopped: list[int] = []
-        interval_ns = self._pacing.interval_ns(len(touched))
+        self._outbox.share_among(len(touched))
         for sequence in touched:
             text = self._take(sequence, now_ns)
             if sequence.ending is not None:
@@ -269,36 +270,18 @@ class Front:
                 self._finish(sequence, text, finished.reason, finished)
                 continue
             sequence.hold(text)
-            if not sequence.generation.stream:
-                continue
-            self._held[sequence] = None
-            if now_ns - sequence.told_ns >= interval_ns:
-                self._tell(sequence, now_ns)
+            if sequence.generation.stream:
+                self._outbox.add(sequence, now_ns)
         for sequence, finished in finals.items():
             self._finish(sequence, "", finished.reason, finished)
         if stopped:
             with self._lock:
                 self._let_go([handle for handle in stopped if handle in self._open])
 
-    def _tell(self, sequence: OpenSequence, now_ns: int) -> None:
-        """Send the news of a stream that is held."""
-        del self._held[sequence]
-        sequence.told_ns = now_ns
-        try:
-            sequence.sink(sequence.event())
-        except Exception:
-            log.exception("the receiver of request %r failed; it is cancelled", sequence.generation.request_id)
-            sequence.ending = "cancelled"
-            with self._lock:
-                self._let_go([sequence.handle])
-
-    def _tell_overdue(self) -> None:
-        """Text whose stream stands still, for whatever reason, does not wait for its next token."""
-        if not self._held:
-            return
-        now_ns = time.monotonic_ns()
-        for sequence in [s for s in self._held if now_ns - s.told_ns > HOLD_LIMIT_S * 1e9]:
-            self._tell(sequence, now_ns)
+    def _cancel_unheard(self, sequence: OpenSequence) -> None:
+        sequence.ending = "cancelled"
+        with self._lock:
+            self._let_go([sequence.handle])
 
     def _take(self, sequence: OpenSequence, now_ns: int) -> str:
         count = len(sequence.fresh)
@@ -345,7 +328,7 @@ class Front:
         with self._lock:
             if self._open.pop(sequence.handle, None) is None:
                 return None
-            self._held.pop(sequence, None)
+            self._outbox.forget(sequence)
             group = self._groups[sequence.leader]
             group.remove(sequence)
             if not group:

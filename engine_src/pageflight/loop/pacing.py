@@ -27,7 +27,7 @@ class Pacing:
     def __init__(self, responses_per_s: int | None) -> None:
         if responses_per_s is not None and responses_per_s < 0:
             raise ConfigError(f"response_rate={responses_per_s}: must be at least 0 (0 follows the number of cores)")
-        rate = SHARE * (os.cpu_count() or 1) / RESPONSE_COST_S if responses_per_s == 0 else responses_per_s
+        rate = SHARE * len(os.sched_getaffinity(0)) / RESPONSE_COST_S if responses_per_s == 0 else responses_per_s
         self._ns_per_stream = 0.0 if rate is None else 1e9 / rate
 
     def interval_ns(self, num_streams: int) -> int:
