@@ -47,8 +47,8 @@ LEAVES = {
 IN_PROCESS = {
     "cache_pressure.py",
     "decode_steps.py",
-    "engine_alone.py",
     "drive.py",
+    "engine_alone.py",
     "engine_steps.py",
     "host_cost.py",
     "host_counts.py",
