@@ -251,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--costs", choices=list(COSTS), nargs="+", default=list(COSTS), help="of steps in virtual time")
     parser.add_argument("--crowd", choices=list(CROWDS), nargs="+", default=list(CROWDS))
     parser.add_argument("--answers", choices=("known", "open"), nargs="+", default=["known", "open"])
-    parser.add_argument("--rows", type=int, default=32, help="sequences that run at once, if blocks last")
+    parser.add_argument("--rows", type=int, default=16, help="sequences that run at once, if blocks last")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--share", type=float, default=0.6, help="of the peak demand")
     parser.add_argument("--repeat", type=int, default=3)
