@@ -9,9 +9,11 @@ fits shows the peak demand; then the same requests run in caches of `--share` of
 `kv_admission`, without and with a host tier that has room for the peak. `known` answers have `max_tokens` tokens;
 `open` ones end before it, as at a stop string, so that nobody can know how long they get.
 
-All sides run in turns, `--repeat` times with other lengths and tokens each; ratios are those within one turn, and
-their medians are reported. `of_fit`: output tokens per second ÷ those in the cache that fits, whose ceiling is 1;
-`full_of_fit`: the same until the last request has started, without the end in which the batch empties.
+In virtual time sides run one after another; real ones each have an engine, and alternate step by step, so that a
+drift of the machine's speed is the same for all. All of it is done `--repeat` times, with other lengths and tokens
+each; ratios are those within one turn, and their medians are reported. `of_fit`: output tokens per second ÷ those in
+the cache that fits, whose ceiling is 1; `full_of_fit`: the same until the last request has started, without the end
+in which the batch empties.
 
 In virtual time the steps cost what `COSTS` says. With an engine, the costs of its own steps are fitted and printed.
 Prints one JSON line per side.
@@ -25,8 +27,10 @@ import math
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +44,7 @@ from pageflight.runners.factory import LoadedEngine, load_engine
 from pageflight.sched.scheduler import Scheduler
 from pageflight.sched.step_time import StepCosts, StepTime
 from perf import figures
-from perf.drive import Drive, Job, Run
+from perf.drive import Drive, Job, Run, Stopwatch, alternate
 from perf.virtual_engine import VirtualRunner, load_of
 
 
@@ -145,11 +149,13 @@ Start = Callable[[int, int, KVAdmission], Drive]
 """(blocks, host blocks, admission) → a drive with an empty cache of that size."""
 
 
-def virtual(num_rows: int, costs: Costs) -> Start:
+def virtual(num_rows: int, costs: Costs, token_tile: int = 1) -> Start:
     """Engines in virtual time."""
 
     def start(num_blocks: int, num_host_blocks: int, kv_admission: KVAdmission) -> Drive:
-        config = SchedulerConfig(max_num_seqs=num_rows, max_model_len=MAX_MODEL_LEN, kv_admission=kv_admission)
+        config = SchedulerConfig(
+            max_num_seqs=num_rows, max_model_len=MAX_MODEL_LEN, kv_admission=kv_admission, token_tile=token_tile
+        )
         kv = KVConfig(
             block_size=BLOCK_SIZE, num_blocks=num_blocks, num_host_blocks=num_host_blocks, host_copy_s=costs.copy_s
         )
@@ -159,6 +165,7 @@ def virtual(num_rows: int, costs: Costs) -> Start:
             max_num_seqs=num_rows,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
+            token_tile=token_tile,
             num_host_blocks=num_host_blocks,
             host_copy_s=costs.copy_s,
         )
@@ -169,7 +176,7 @@ def virtual(num_rows: int, costs: Costs) -> Start:
     return start
 
 
-def real(engine: LoadedEngine, times: StepTime) -> Start:
+def real(engine: LoadedEngine, times: StepTime, clock: Callable[[], float] = time.perf_counter) -> Start:
     """Schedulers for a part of the blocks of one engine; `times` learns what its steps take."""
     limits = engine.runner.limits
 
@@ -190,6 +197,7 @@ def real(engine: LoadedEngine, times: StepTime) -> Start:
         return Drive(
             Scheduler(config, kv, vocab_size=limits.vocab_size),
             engine.runner,
+            clock=clock,
             observe=lambda plan, seconds: times.note(load_of(plan, limits.token_tile), seconds),
         )
 
@@ -201,18 +209,38 @@ def fitting(num_rows: int) -> int:
     return num_rows * -(-2 * LONGEST // BLOCK_SIZE)
 
 
+def blocks_of(side: Side, num_rows: int, peak: int) -> tuple[int, int]:
+    """Blocks of its cache and of its host tier."""
+    num_blocks = fitting(num_rows) if side.share is None else math.floor(side.share * peak)
+    return num_blocks, peak if side.has_host else 0
+
+
 def take_turn(start: Start, num_rows: int, jobs: list[Job], wanted: Sequence[Side]) -> Turn:
-    """These sides once; the first one has a cache that fits."""
+    """These sides one after another; the first one has a cache that fits."""
     turn: Turn = {}
     peak = 0
     for side in wanted:
-        num_blocks = fitting(num_rows) if side.share is None else math.floor(side.share * peak)
-        num_host_blocks = peak if side.has_host else 0
-        run = start(num_blocks, num_host_blocks, side.kv_admission).run(jobs)
-        assert all(len(run.ids[job.request.handle]) == job.num_output for job in jobs)
+        sizes = blocks_of(side, num_rows, peak)
+        run = start(*sizes, side.kv_admission).run(jobs)
         peak = peak or run.peak_blocks
-        turn[side] = Outcome(run, num_blocks, num_host_blocks)
+        turn[side] = Outcome(run, *sizes)
     return turn
+
+
+def take_turn_together(
+    engines: Sequence[LoadedEngine], times: StepTime, num_rows: int, jobs: list[Job], wanted: Sequence[Side]
+) -> Turn:
+    """The same on an engine each, step by step in turns. Which blocks are held when, virtual time tells as well."""
+    trial = virtual(num_rows, COSTS["bench-llama-60m"], engines[0].runner.limits.token_tile)
+    peak = trial(fitting(num_rows), 0, "forecast").run(jobs).peak_blocks
+    drives, sizes = [], []
+    for side, engine in zip(wanted, engines, strict=True):
+        watch = Stopwatch()
+        sizes.append(blocks_of(side, num_rows, peak))
+        drives.append((real(engine, times, watch)(*sizes[-1], side.kv_admission), watch))
+    runs = alternate(drives, jobs)
+    assert runs[0].peak_blocks == peak
+    return {side: Outcome(run, *size) for side, run, size in zip(wanted, runs, sizes, strict=True)}
 
 
 def records(turns: list[Turn]) -> Iterator[figures.Record]:
@@ -273,17 +301,15 @@ def open_engine(folder: Path, num_rows: int, num_threads: int) -> LoadedEngine:
     return load_engine(engine_dir, replace(config, kv=replace(config.kv, host_memory_bytes=host_bytes)))
 
 
-def measure(start: Start, vocab_size: int, about: figures.Record, options: argparse.Namespace) -> None:
-    """Every crowd, known and open, on one engine."""
+def measure(
+    turn: Callable[[list[Job]], Turn], vocab_size: int, about: figures.Record, options: argparse.Namespace
+) -> None:
+    """Every crowd, known and open, on one kind of engine."""
     for name in options.crowd:
         for answers in options.answers:
             crowd = Crowd(name=name, num_requests=options.requests, is_open=answers == "open")
-            turns = [
-                take_turn(
-                    start, options.rows, crowd.jobs(vocab_size, options.seed + 1000 * number), sides(options.share)
-                )
-                for number in range(options.repeat)
-            ]
+            seeds = [options.seed + 1000 * number for number in range(options.repeat)]
+            turns = [turn(crowd.jobs(vocab_size, seed)) for seed in seeds]
             asked = {"crowd": name, "answers": answers, "rows": options.rows, "requests": options.requests}
             for record in records(turns):
                 line = {"benchmark": "cache_pressure", **about, **asked, **record, **figures.machine()}
@@ -294,18 +320,23 @@ def measure(start: Start, vocab_size: int, about: figures.Record, options: argpa
 
 def main() -> None:
     options = arguments()
+    wanted = sides(options.share)
     if options.engine is None:
         for name in options.costs:
+            one_by_one = partial(take_turn, virtual(options.rows, COSTS[name]), options.rows, wanted=wanted)
             about = {"form": "virtual", "model": name}
-            measure(virtual(options.rows, COSTS[name]), VOCAB_SIZE, about, options)
+            measure(one_by_one, VOCAB_SIZE, about, options)
         return
-    engine, times = open_engine(options.engine, options.rows, options.threads), StepTime()
-    start, manifest = real(engine, times), engine.manifest
-    warm_up = Crowd(name="varied", num_requests=options.rows, is_open=False)
-    start(engine.runner.limits.num_blocks, 0, "forecast").run(warm_up.jobs(manifest.vocab_size, options.seed - 1))
-    measure(start, manifest.vocab_size, {"form": "real", "model": manifest.name, "dtype": manifest.dtype}, options)
-    print(f"{times.costs()}, {engine.runner.limits.host_copy_s * 1e6:.1f} us to copy a block")
-    engine.runner.close()
+    engines = [open_engine(options.engine, options.rows, options.threads) for _ in wanted]
+    times, manifest = StepTime(), engines[0].manifest
+    warm_up = Crowd(name="varied", num_requests=options.rows, is_open=False).jobs(manifest.vocab_size, options.seed - 1)
+    take_turn_together(engines, StepTime(), options.rows, warm_up, wanted)
+    about = {"form": "real", "model": manifest.name, "dtype": manifest.dtype}
+    together = partial(take_turn_together, engines, times, options.rows, wanted=wanted)
+    measure(together, manifest.vocab_size, about, options)
+    print(f"{times.costs()}, {engines[0].runner.limits.host_copy_s * 1e6:.1f} us to copy a block")
+    for engine in engines:
+        engine.runner.close()
 
 
 if __name__ == "__main__":

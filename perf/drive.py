@@ -6,7 +6,7 @@ A runner that computes nothing may move the clock instead (`perf.virtual_engine`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,6 +81,10 @@ class Drive:
 
     def run(self, jobs: Sequence[Job]) -> Run:
         """Submit all jobs, and step until the last one has ended."""
+        return list(self.steps(jobs))[-1]
+
+    def steps(self, jobs: Sequence[Job]) -> Iterator[Run]:
+        """The same step by step: the run as it stands after each, complete after the last."""
         scheduler, begin_s = self._scheduler, self._clock()
         before = scheduler.stats()
         run = Run(before, before, begin_s)
@@ -103,9 +107,11 @@ class Drive:
             run.num_rows += len(plan.rows)
             if self._observe is not None:
                 self._observe(plan, now_s - planned_s)
+            if scheduler.has_work:
+                yield run
         run.end_s, run.num_steps, run.after = self._clock(), len(arrivals), scheduler.stats()
         run.num_full_tokens = sum(count for arrival_s, count in arrivals if arrival_s <= run.full_until_s)
-        return run
+        yield run
 
     def _take(self, events: StepEvents, run: Run, wanted: dict[int, int], now_s: float) -> None:
         log_probs = events.log_probs.tolist() if events.log_probs is not None else [float("nan")] * len(events.ids)
@@ -119,3 +125,41 @@ class Drive:
             assert ending.reason in ("length", "cancelled"), f"sequence {ending.handle} ended with {ending.reason}"
             run.full_until_s = max(run.full_until_s, ending.first_scheduled_s)
             run.num_cached[ending.handle] = ending.num_cached_tokens
+
+
+class Stopwatch:
+    """A clock that stands still between the steps of its drive."""
+
+    def __init__(self) -> None:
+        self.elapsed_s = 0.0
+        self._resumed_s: float | None = None
+
+    def __call__(self) -> float:
+        return self.elapsed_s + (time.perf_counter() - self._resumed_s if self._resumed_s is not None else 0.0)
+
+    def resume(self) -> None:
+        self._resumed_s = time.perf_counter()
+
+    def pause(self) -> None:
+        self.elapsed_s, self._resumed_s = self(), None
+
+
+def alternate(drives: Sequence[tuple[Drive, Stopwatch]], jobs: Sequence[Job]) -> list[Run]:
+    """Run the same jobs on all drives, a step at a time, of the drive that has had the least time until then.
+
+    So a machine whose speed drifts, or that others use as well, is the same for all. Each drive has an engine and a
+    stopwatch of its own.
+    """
+    open_runs = {index: drive.steps(jobs) for index, (drive, _watch) in enumerate(drives)}
+    runs: dict[int, Run] = {}
+    while open_runs:
+        index = min(open_runs, key=lambda index: drives[index][1].elapsed_s)
+        watch = drives[index][1]
+        watch.resume()
+        run = next(open_runs[index], None)
+        watch.pause()
+        if run is None:
+            del open_runs[index]
+        else:
+            runs[index] = run
+    return [runs[index] for index in range(len(drives))]
