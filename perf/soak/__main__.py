@@ -27,11 +27,9 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder in Hugging Face format.")] = DEMO,
     clients: Annotated[int, typer.Option(min=1, help="Requests that are open at any time.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the load and of the kills.")] = 1,
-    core_kill_every: Annotated[
-        float, typer.Option(min=0, help="Mean seconds between two kills; 0: none.")
-    ] = 12.0,
+    core_kill_every: Annotated[float, typer.Option(min=0, help="Mean seconds between kills of cores; 0: none.")] = 10.0,
     stub_kill_every: Annotated[float, typer.Option(min=0, help="The same of a Triton stub.")] = 60.0,
-    calm_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the time, at its end, without kills.")] = 0.4,
+    calm_share: Annotated[float, typer.Option(min=0, max=1, help="Share of it without kills, at the end.")] = 0.5,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before anything counts.")] = 20.0,
     idle: Annotated[float, typer.Option(min=0, help="Seconds without load before the server is looked at.")] = 5.0,
     hang_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a request hangs.")] = 60.0,

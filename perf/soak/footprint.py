@@ -9,12 +9,15 @@ from pathlib import Path
 from perf.soak.checks import Check, nothing
 from perf.soak.processes import num_zombies, shared_memory, tree
 
-FDS_SLACK = 4
+FDS_SLACK = 8
 """Per process. Idle connections of clients that have just gone, and a metrics scrape under way."""
 THREADS_SLACK = 4
 """Per process. gRPC and libevent of tritonserver make threads as they need them and keep some."""
-SERVER_THREADS_PER_STUB_KILL = 8
-"""Threads of tritonserver that belonged to a stub killed in the middle of an exchange stay until it ends."""
+_INSTANCES = 2  # of a model, at most
+KEPT_THREADS, KEPT_FDS, KEPT_SEGMENTS = 40 * _INSTANCES, 4 * _INSTANCES, _INSTANCES
+"""What tritonserver 2.51 keeps, until it ends, of a model that it cannot unload: of one with a stub that was killed in
+the middle of an exchange. Such a stub stays as a zombie, which is how they are counted. About 35 threads for each
+instance were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +59,16 @@ def compare(before: Footprint, after: Footprint, *, num_stub_kills: int) -> list
     """Nothing may have grown beyond the slack declared above."""
     changed = {role for role in before.roles | after.roles if before.roles[role] != after.roles[role]}
     checks = [nothing("roles whose number of processes changed", changed)]
+    num_kept = min(after.num_zombies, num_stub_kills)
     for role in sorted(before.roles):
-        checks.append(_grown(f"open files of {role}", before.num_fds, after.num_fds, role, FDS_SLACK))
-        slack = THREADS_SLACK + (SERVER_THREADS_PER_STUB_KILL * num_stub_kills if role == "tritonserver" else 0)
-        checks.append(_grown(f"threads of {role}", before.num_threads, after.num_threads, role, slack))
+        keeps = num_kept if role == "tritonserver" else 0
+        fds_slack, threads_slack = FDS_SLACK + keeps * KEPT_FDS, THREADS_SLACK + keeps * KEPT_THREADS
+        checks.append(_grown(f"open files of {role}", before.num_fds, after.num_fds, role, fds_slack))
+        checks.append(_grown(f"threads of {role}", before.num_threads, after.num_threads, role, threads_slack))
     added = len(after.segments) - len(before.segments)
-    checks.append(Check("shared-memory segments more than before", added, num_stub_kills))
+    checks.append(Check("shared-memory segments more than before", added, num_kept * KEPT_SEGMENTS))
     checks.append(Check("files in the meeting place more than before", len(after.files) - len(before.files), 0))
-    checks.append(Check("zombies", after.num_zombies, 0))
+    checks.append(Check("killed stubs that tritonserver could not unload", after.num_zombies, num_stub_kills))
     return checks
 
 

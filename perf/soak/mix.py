@@ -26,7 +26,7 @@ class Mix:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._prefixes = [vocabulary.text(self._chance, max_model_len // 4) for _ in range(_NUM_PREFIXES)]
-        self._faults = faults(max_model_len, vocab_size)
+        self.faults = faults(max_model_len, vocab_size)
         self.known = [self._known_ask(number) for number in range(NUM_KNOWN)]
 
     def first_round(self) -> list[Errand]:
@@ -37,7 +37,7 @@ class Mix:
         with self._lock:
             chance = self._chance
             if chance.random() < _SHARE_BAD:
-                return self._bad(chance.choice(self._faults))
+                return self._bad(chance.choice(self.faults))
             if chance.random() < _SHARE_BURST:
                 return self._errand(self._burst(), Target.TEXT, Via.GRPC)
             ask = chance.choice(self.known) if chance.random() < _SHARE_KNOWN else self._ask(chance)
@@ -128,9 +128,6 @@ class Mix:
 
     def _burst(self) -> Ask:
         """Two of these at once do not fit into the queue."""
-        options = {
-            "ignore_eos": True,
-            "num_return_sequences": max(2, self._max_queue_size * 3 // 4),
-            "temperature": 1.0,
-        }
+        num_sequences = max(2, self._max_queue_size * 3 // 4)
+        options = {"ignore_eos": True, "num_return_sequences": num_sequences, "temperature": 1.0}
         return Ask(prompt="burst", max_tokens=self._len // 16, options=tuple(sorted(options.items())))

@@ -16,15 +16,15 @@ _COUNTERS = (
     "engine_restarts",
     "replayed_sequences",
     "recomputed_tokens",
+    "cached_tokens",
     "generated_tokens",
 )
 
 
 def text(result: Result) -> str:
     """A dozen lines."""
-    outcomes = ", ".join(
-        f"{result.tally.outcomes[each]} {each.value}" for each in Outcome if result.tally.outcomes[each]
-    )
+    counts = result.tally.outcomes
+    outcomes = ", ".join(f"{counts[each]} {each.value}" for each in Outcome if counts[each])
     lines = [
         f"{result.tally.num_sent} requests: {outcomes}",
         f"kills: {result.num_core_kills} of the core, {len(result.stub_kills)} of stubs {_stubs(result)}",

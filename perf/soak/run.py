@@ -107,7 +107,7 @@ def soak(plan: Plan, folder: Path, log_file: Path, tell: Callable[[str], None]) 
         Check("failed requests", tally.outcomes[Outcome.FAILED], 0, "; ".join(tally.failures[:3])),
         Check("requests without an outcome", tally.num_unaccounted, 0),
         nothing("kinds of outcomes that did not occur", _missing(plan, tally)),
-        Check("requests still open or blocks still held, idle", 0 if is_idle else 1, 0, _held(series)),
+        Check("requests still open or blocks still held, idle", 0 if is_idle else 1, 0, held(series)),
         nothing("processes that ended unasked", {f"{life.role} {life.pid}" for life in ended}),
         nothing("models that did not come back", outages.never_ended),
         Check("requests given up as poison", observer.counted["poison_requests"], 0),
@@ -156,10 +156,10 @@ def _settled(running: Running, idle_s: float) -> bool:
 
 
 def _is_idle(series: Mapping[str, float]) -> bool:
-    return bool(series) and not _held(series)
+    return bool(series) and not held(series)
 
 
-def _held(series: Mapping[str, float]) -> str:
+def held(series: Mapping[str, float]) -> str:
     """What is not as in an idle server; blocks that only the prefix cache keeps count as free."""
 
     def of(family: str, kind: str) -> float:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 
 from perf.soak.ended import Ended
 from perf.soak.errand import Ask, Ending, Errand, Via
@@ -92,9 +93,7 @@ def _wrong_text(errand: Errand, ended: Ended, expected: Sequence[str] | None) ->
 
 
 def _difference(text: str, expected: str) -> str:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected))
-    )
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, expected, strict=False)))
     around = slice(max(0, same - 10), same + 20)
     return f"at character {same} of {len(expected)} {text[around]!r} instead of {expected[around]!r}"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-_WORDS = (
+_TEXT = (
     "def class return self import for in while if else not None True False with open file path name value key list dict"
-    " the of and a to is are data = ( ) [ ] : . , + - 0 1 2 10 \n text line size count index result error item number"
-).split(" ")
+    " the of and a to is are data = ( ) [ ] : . , + - 0 1 2 10 text line size count index result error number"
+)
+_WORDS = _TEXT.split()
 
 
 class Vocabulary:
