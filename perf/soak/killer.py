@@ -17,6 +17,9 @@ from perf.soak.server import Running
 
 RETURN_LIMIT_S = 90.0
 """A model that died repeatedly is loaded again after a pause of up to 30 s."""
+_SHARE_EARLY = 0.2
+"""Of the kills may meet a core that still starts."""
+_LOOK_S = 0.6  # the gauge is published twice a second
 _AFTERMATH_S = 3.0
 """What was open ends within this time after the model is back."""
 
@@ -93,6 +96,17 @@ class Killer:
     def _repeat(self, kill: Callable[[], None], every_s: float) -> None:
         while not self._stopping.wait(every_s * self._chance.uniform(0.5, 1.5)):
             kill()
+            if self._chance.random() > _SHARE_EARLY:
+                self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        """Cores that are killed faster than they start get nothing done, and nothing would be tried."""
+        until_s = time.monotonic() + RETURN_LIMIT_S
+        while time.monotonic() < until_s and not self._stopping.wait(_LOOK_S):
+            if any(
+                value for name, value in self.running.series().items() if name.startswith("pageflight_engine_ready")
+            ):
+                return
 
     def _models(self) -> Iterator[str]:
         """Models in turn, each as often as the others."""

@@ -68,7 +68,9 @@ def _sample(pid: int, parent: int) -> Sample | None:
     if start is None:
         return None
     folder = Path(f"/proc/{pid}")
-    arguments = folder.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+    arguments: list[str] = folder.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+    if not arguments[0]:
+        return None  # it begins or ends at this moment
     resident = int(folder.joinpath("statm").read_text(encoding="ascii").split()[1])
     return Sample(
         life=Life(_role(arguments), pid, start),

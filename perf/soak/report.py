@@ -55,6 +55,9 @@ def record(result: Result) -> figures.Record:
         **{name: result.counted.get(name, 0) for name in _COUNTERS},
         "exit_s": round(result.exit_s, 1),
         "rss_kib": {each.role: [each.first_kib, each.last_kib] for each in result.growth},
+        "rss_kib_min": {
+            each.role: None if each.slope_kib_min is None else round(each.slope_kib_min, 1) for each in result.growth
+        },
         "checks": {check.name: [check.value, check.limit] for check in result.checks},
         "failed": [check.name for check in result.checks if not check.is_ok],
         "pageflight": importlib.metadata.version("pageflight"),

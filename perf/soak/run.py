@@ -33,7 +33,7 @@ class Plan:
     clients: int
     seed: int
     kills: KillPlan
-    calm_share: float  # of the time, at its end, without kills: what memory does in the life of a process
+    calm_share: float  # of the time, at its end, without kills: memory is judged in the second half of that
     warm_up_s: float
     idle_s: float
     hang_limit_s: float
@@ -95,7 +95,7 @@ def soak(plan: Plan, folder: Path, log_file: Path, tell: Callable[[str], None]) 
         after = footprint(running.process.pid, running.runtime)
         series, versions = running.series(), running.versions()
         observer.stop()
-        growth = observer.memory.growth(calm_s, end_s)
+        growth = observer.memory.growth((calm_s + end_s) / 2, end_s)  # before that, new processes fill their caches
         ended = [life for life in observer.gone() if life not in killer.killed]
         tell("shutting down")
         running.stop()

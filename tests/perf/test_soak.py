@@ -202,7 +202,7 @@ def test_counters_survive_the_process_that_counted() -> None:
 
 
 def test_processes_are_found_with_what_they_hold() -> None:
-    program = "import subprocess, sys, time; subprocess.Popen(['true']); print(flush=True); time.sleep(60)"
+    program = "import subprocess, sys, time; child = subprocess.Popen(['true']); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.readline()
@@ -258,7 +258,16 @@ def test_a_check_fails_beyond_its_limit_alone(value: float) -> None:
 def test_a_short_soak_of_a_real_server_finds_nothing(checkpoint: tuple[Path, int], tmp_path: Path) -> None:
     """A kill of the core, cancellations, broken connections and bad input in ten seconds; every check holds."""
     arguments = ["--checkpoint", str(checkpoint[0]), "--minutes", "0.12", "--clients", "6", "--warm-up", "2", "--idle"]
-    arguments += ["1.5", "--core-kill-every", "2", "--stub-kill-every", "0", "--kv-memory", "1MiB", "--host-kv-memory"]
+    arguments += [
+        "1.5",
+        "--core-kill-every",
+        "1.5",
+        "--stub-kill-every",
+        "0",
+        "--kv-memory",
+        "1MiB",
+        "--host-kv-memory",
+    ]
     arguments += ["512KiB", "--check-invariants", "1", "--keep", str(tmp_path / "log"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "perf.soak", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

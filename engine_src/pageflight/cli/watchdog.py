@@ -35,7 +35,7 @@ class Patience:
     max_backoff_s: float = 30.0
     long_life_s: float = 120.0
     unload_s: float = 10.0
-    """A stub that was replaced, lives on for so long after and has nothing to finish is one that tritonserver forgot."""
+    """A stub that was replaced, lives on for so long and has nothing to finish: tritonserver has forgotten it."""
     max_short_lives: int = 6
     """So many in a row, and the model is left unloaded."""
     settle: SettlePatience = field(default_factory=SettlePatience)
@@ -206,8 +206,8 @@ class Watchdog:
                     return
 
     def _end_forgotten(self, replaced: frozenset[Path]) -> None:
-        """End the healthy stubs of a model that was replaced because of one that died: where tritonserver cannot get rid
-        of the dead one it keeps them all, until its own end."""
+        """End the healthy stubs of a model that was replaced because one of them had died: where tritonserver cannot
+        get rid of the dead one it keeps them all, until its own end."""
         self._stopping.wait(self._patience.unload_s)
         while not self._stopping.wait(self._patience.look_s):
             left = [page for page in map(Page.of, replaced) if page is not None and page.owner.is_alive]
