@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from perf.soak.processes import Life, Sample
 
-MIN_SAMPLES = 15
+MIN_SAMPLES = 60
+"""A minute. In less than that one larger batch looks like growth."""
 Point = tuple[float, float]  # seconds, KiB
 
 

@@ -154,7 +154,11 @@ def _watched(
         was_idle=was_idle,
         series=series,
         growth=observer.memory.growth((calm_s + end_s) / 2, end_s),  # before that, new processes fill their caches
-        ended_unasked={f"{life.role} {life.pid}" for life in observer.gone() if life not in killer.killed},
+        ended_unasked={
+            f"{life.role} {life.pid}"
+            for life in observer.gone()
+            if life not in killer.killed and life.role in before.roles  # the others are shells that start a stub
+        },
     )
 
 

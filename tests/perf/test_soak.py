@@ -136,7 +136,11 @@ def test_growth_is_told_by_role_and_only_of_the_time_asked_for() -> None:
         memory.add(float(at_s), samples)
     core, serve = memory.growth(MIN_SAMPLES, 1e9)
     assert (core.role, core.num_samples, core.slope_kib_min) == ("core", 4 * MIN_SAMPLES, pytest.approx(90))
-    assert (serve.first_kib, serve.last_kib, serve.slope_kib_min) == (45, 132, pytest.approx(180))
+    assert (serve.first_kib, serve.last_kib, serve.slope_kib_min) == (
+        3 * MIN_SAMPLES,
+        9 * MIN_SAMPLES - 3,
+        pytest.approx(180),
+    )
 
 
 BEFORE = Footprint(
