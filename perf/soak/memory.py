@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from perf.soak.processes import Life, Sample
+from perf.processes import Life, Sample
 
 MIN_SAMPLES = 60
 """A minute. In less than that one larger batch looks like growth."""
