@@ -77,18 +77,22 @@ class LineMailbox:
 
     def __post_init__(self) -> None:
         self.wire: deque[FromCore] = deque()
+        self._num_taken = 0
 
     @property
     def has_commands(self) -> bool:
         return bool(self.line.commands)
 
     def receive(self, timeout_s: float | None) -> list[engine_loop.Command]:
+        if self.line.commands:
+            self._say(frames.Beat(self.epoch, self._num_taken))  # now and then, in truth
         commands: list[engine_loop.Command] = []
         while self.line.commands:
             message = self.line.commands.popleft()
             if isinstance(message, frames.Connect) or message.epoch != self.epoch:
                 continue  # meant for a core that is no more
             if isinstance(message, frames.Submit):
+                self._num_taken += 1
                 commands.append(engine_loop.Submit(message.request))
             elif isinstance(message, frames.Cancel):
                 commands += [engine_loop.Cancel(handle, message.by_client) for handle in message.handles]

@@ -18,6 +18,7 @@ from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.fake import FakeRunner, fake_continuation
 from pageflight.sched.scheduler import Scheduler
+from pageflight.sched.trials import TRIAL_TOKENS
 
 VOCAB_SIZE = 11
 KV_FIELDS = KVConfig.__dataclass_fields__
@@ -118,8 +119,8 @@ class LoopMachine(Counted):
                 self.loop.step()
         self.hear()
 
-    @rule(is_suspect=st.booleans())
-    def die(self, is_suspect: bool) -> None:
+    @rule(trial_tokens=st.sampled_from([0, TRIAL_TOKENS, 7]))
+    def die(self, trial_tokens: int) -> None:
         """What was not published is lost; the next core takes over from what was, as a front would ask it to."""
         self.hear()
         self.begin_core()
@@ -141,7 +142,7 @@ class LoopMachine(Counted):
                 tenant=request.tenant,
                 sequence_index=handle - request.handle,
                 output_ids=tuple(self.output_ids[handle]),
-                is_suspect=is_suspect,
+                trial_tokens=trial_tokens,
                 is_taken_over=True,
             )
             self.mailbox.send(Submit(again))

@@ -143,7 +143,7 @@ def test_who_only_waits_is_never_suspected() -> None:
         sinks = submit_all(front, wishes)
         waiting = list(front._open.values())[2:]
         sinks[0].wait()
-        assert [sequence.points for sequence in waiting] == [0] * len(waiting)
+        assert [sequence.suspicion.points for sequence in waiting] == [0] * len(waiting)
         verify(wishes, sinks, guilty=[0])
         assert deaths(recorder) == 3
 
@@ -158,7 +158,7 @@ def test_a_poison_in_the_queue_harms_nobody_before_its_turn() -> None:
             sinks[0].wait(lambda least=60 * kills + 20: sinks[0].num_ids >= least)
             kill_core(front)
             eventually(lambda least=kills: deaths(recorder) > least, "another core takes over")
-            assert poison.points == 0
+            assert poison.suspicion.points == 0
         verify(wishes, sinks, guilty=[2])
         assert deaths(recorder) == 6
 
@@ -200,7 +200,7 @@ def test_points_are_forgotten_with_the_next_token() -> None:
         for kills in range(GUILTY_AT + 1):
             reached = sink.num_ids + 5
             sink.wait(lambda least=reached: sink.num_ids >= least)
-            assert isinstance(sequence, OpenSequence) and sequence.points <= 1
+            assert isinstance(sequence, OpenSequence) and sequence.suspicion.points <= 1
             kill_core(front)
             eventually(lambda least=kills: deaths(recorder) > least, "another core takes over")
         verify([wanted], [sink])

@@ -11,35 +11,36 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from pageflight.core.errors import Draining, EngineLost, PageflightError, PoisonRequest
+from pageflight.core.errors import Draining, EngineLost, InvalidArgument, PageflightError, PoisonRequest, QueueFull
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress, process_exists
 from pageflight.loop.client import CoreClient, Disconnected
-from pageflight.loop.deaths import GUILTY_AT, read_deaths
+from pageflight.loop.core_link import CoreLink
+from pageflight.loop.deadlines import Deadlines
+from pageflight.loop.deaths import read_deaths
 from pageflight.loop.frames import (
     PROTOCOL,
-    Cancel,
+    Beat,
     CoreLimits,
     FromCore,
     Hello,
-    Leave,
     Rejected,
     StatsFrame,
     StepFrame,
-    Submit,
     error_from_wire,
     float32_of,
     int32_of,
     int64_of,
 )
 from pageflight.loop.observer import Observer
-from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, replay_of, request_of
+from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, request_of
 from pageflight.loop.outbox import Outbox
 from pageflight.loop.pacing import Pacing
 from pageflight.loop.status import read_status
+from pageflight.loop.takeover import original_of, probe, replays
 from pageflight.sched.admission import AdmissionLimits
 
 __all__ = ["Front", "Generation", "Observer", "Sink"]
@@ -47,6 +48,10 @@ __all__ = ["Front", "Generation", "Observer", "Sink"]
 log = logging.getLogger(__name__)
 
 _STATUS_INTERVAL_S = 0.1
+_TICK_S = 0.5
+"""How often deadlines are looked at while a core says nothing; without a core it is `_STATUS_INTERVAL_S`."""
+_DEADLINE_SLACK_S = 1.0
+"""A core ends what is late itself, between two steps. After so long its front does."""
 _NO_SUPERVISOR_LIMIT_S = 30.0
 """A new stub of the engine model needs some seconds to start, more on a busy machine."""
 
@@ -73,9 +78,10 @@ class Front:
         self._open: dict[int, OpenSequence] = {}
         self._groups: dict[int, list[OpenSequence]] = {}  # what is open of each generation
         self._next_handle = 0
-        self._epoch: int | None = None  # of the core that takes commands; None while there is none
-        self._last_epoch: int | None = None
-        self._base = 0  # between this front's numbers and those of the core of `_last_epoch`
+        self._guilty: dict[OpenSequence, None] = {}  # kept from the core until the probe shows that it works
+        self._probe = -1  # its handle
+        self._deadlines = Deadlines(self._groups.__contains__)
+        self._core = CoreLink(self._client)
         self._num_restarts = 0
         self._limits: CoreLimits | None = None
         self._admission: AdmissionLimits | None = None
@@ -93,13 +99,13 @@ class Front:
     def limits(self) -> CoreLimits:
         """What the core said of itself. Raises EngineLost before the first core was ready."""
         if self._limits is None:
-            raise self._lost or EngineLost("the engine core is not ready yet")
+            raise self._loss or EngineLost("the engine core is not ready yet")
         return self._limits
 
     @property
     def is_ready(self) -> bool:
-        """Whether a core takes requests right now. While one restarts, requests are accepted and wait."""
-        return self._epoch is not None and not self._draining and not self._is_ending()
+        """Whether a core takes requests and has spoken lately. While one restarts, requests are accepted and wait."""
+        return self._core.answers and not self._draining and not self._is_ending()
 
     @property
     def num_open(self) -> int:
@@ -119,7 +125,8 @@ class Front:
     def submit(self, generation: Generation, sink: Sink) -> int:
         """Start `generation`; its events go to `sink` on the response thread, per sequence in order, one of them final.
 
-        Returns the id for `cancel`. Raises InvalidArgument and its kinds for what can never work, Draining, EngineLost.
+        Returns the id for `cancel`. Raises InvalidArgument and its kinds for what can never work, QueueFull while no
+        core answers and enough wait for it, Draining, EngineLost.
         """
         try:
             return self._submit(generation, sink)
@@ -130,7 +137,7 @@ class Front:
     def _submit(self, generation: Generation, sink: Sink) -> int:
         stops = SharedStops.of(generation)
         if self._admission is None:
-            raise self._lost or EngineLost("the engine core is not ready yet")
+            raise self._loss or EngineLost("the engine core is not ready yet")
         num_sequences = generation.sampling.n
         self._admission.admit(request_of(generation, handle=0))
         with self._lock:
@@ -140,18 +147,33 @@ class Front:
             OpenSequence(generation, sink, stops, self._text, leader=leader, index=index)
             for index in range(num_sequences)
         ]
-        first = sequences[0]
-        request = request_of(generation, handle=leader, arrival_s=first.arrival_s, deadline_s=first.deadline_s)
+        request, deadline_s = original_of(sequences[0]), sequences[0].deadline_s
         with self._lock:
-            if self._lost is not None:
-                raise self._lost
+            if self._loss is not None:
+                raise self._loss
             if self._draining or self._is_ending():
                 raise Draining("the server is shutting down and takes no new requests; send it elsewhere")
+            if not self._core.answers:
+                self._check_room(num_sequences)
             self._open.update((sequence.handle, sequence) for sequence in sequences)
             self._groups[leader] = sequences
-            if self._epoch is not None:
-                self._client.send(Submit(self._epoch, self._client.identity, request))
+            if deadline_s is not None:
+                self._deadlines.add(deadline_s, leader)
+            if self._core.is_up:
+                self._core.submit(request, sequences)
         return leader
+
+    def _check_room(self, count: int) -> None:
+        """While no core answers, its front keeps the limit of its queue. Raises QueueFull."""
+        assert self._limits is not None
+        num_queued = len(self._open) - self._limits.max_num_seqs  # if all rows were taken
+        if num_queued + count > self._limits.max_queue_size:
+            raise QueueFull(max(0, num_queued), self._limits.max_queue_size)
+
+    @property
+    def _loss(self) -> EngineLost | None:
+        """Why no core will come, as clients are told: their requests were valid, whatever the engine lacks."""
+        return EngineLost(str(self._lost)) if self._lost is not None else None
 
     def cancel(self, generation_id: int) -> None:
         """End what is still open of a generation; each of its sequences gets its final event, `cancelled`."""
@@ -191,39 +213,43 @@ class Front:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                is_waiting = self._epoch is None and self._lost is None
-                patience_s = self._outbox.patience_s or (_STATUS_INTERVAL_S if is_waiting else 60.0)
+                is_waiting = not self._core.is_up and self._lost is None
+                patience_s = self._outbox.patience_s or (_STATUS_INTERVAL_S if is_waiting else _TICK_S)
                 self._handle(self._client.receive(patience_s))
                 self._outbox.tell_overdue()
-                if self._epoch is None and self._lost is None:
-                    self._end_cancelled()
+                self._end_late()
+                if not self._core.is_up and self._lost is None:
+                    self._end_decided()
                     self._look_for_supervisor()
         except BaseException as error:
             log.exception("the response thread failed")
             self._give_up(EngineLost(f"the front failed: {type(error).__name__}"))
             raise
         finally:
-            if self._epoch is not None:
-                self._client.send(Leave(self._epoch, self._client.identity))
-            self._epoch = None
+            self._core.leave()
             for sequence in list(self._open.values()):
                 sequence.ending = sequence.ending or "cancelled"
                 self._finish(sequence, "", "cancelled", None)
             self._client.close()
 
-    def _handle(self, messages: Iterable[FromCore | Disconnected]) -> None:
+    def _handle(self, messages: list[FromCore | Disconnected]) -> None:
         touched: dict[OpenSequence, None] = {}
         ended: list[tuple[OpenSequence, Finished]] = []
         now_ns = time.monotonic_ns()
+        if messages and self._core.is_up:
+            self._core.hear()
         for message in messages:
             if isinstance(message, StepFrame):
-                if message.epoch == self._epoch:
+                if message.epoch == self._core.epoch:
                     self._collect(message, touched, ended)
                 continue
             self._deliver(touched, ended, now_ns)
             touched, ended = {}, []
             if isinstance(message, StatsFrame):
                 self._observer.core_stats(message.stats)
+            elif isinstance(message, Beat):
+                with self._lock:
+                    self._core.confirm(message)
             elif isinstance(message, Rejected):
                 self._reject(message)
             elif isinstance(message, Hello):
@@ -254,6 +280,8 @@ class Front:
             sequence = open_sequences.get(finished.handle)
             if sequence is not None:
                 ended.append((sequence, finished))
+            elif finished.handle == self._probe:
+                self._convict()
 
     def _deliver(
         self, touched: dict[OpenSequence, None], ended: list[tuple[OpenSequence, Finished]], now_ns: int
@@ -285,7 +313,7 @@ class Front:
 
     def _take(self, sequence: OpenSequence, now_ns: int) -> str:
         count = len(sequence.fresh)
-        sequence.points = 0
+        sequence.suspicion.produced(count)
         if sequence.first_token_ns:
             self._observer.inter_token((now_ns - sequence.last_token_ns) * 1e-9, count)
         else:
@@ -345,37 +373,52 @@ class Front:
 
     def _let_go(self, handles: list[int]) -> None:
         """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""
-        if self._epoch is None:
+        if not self._core.is_up:
             self._client.wake()
             return
         for by_client in (False, True):
             some = tuple(handle for handle in handles if (self._open[handle].ending == "cancelled") is by_client)
-            if some:
-                self._client.send(Cancel(self._epoch, self._client.identity, some, by_client))
+            self._core.end(some, by_client=by_client)
 
     def _reject(self, message: Rejected) -> None:
+        if message.epoch != self._core.epoch:
+            return
+        if message.handle == self._probe:  # it asked for nothing new, so the engine takes nothing at all
+            return self._convict()
         leader = self._open.get(message.handle)
-        if message.epoch != self._epoch or leader is None:
+        if leader is None:
             return
         error = error_from_wire(message.error, message.message)
-        self._observer.refused(message.error)
+        if leader.is_known and isinstance(error, InvalidArgument):  # it was valid for the core that accepted it
+            error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
+        self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):
             if handle in self._open:  # refused, so nothing that the histograms of finished requests should count
                 self._end(self._open[handle], "", "error", None, error)
 
+    def _end_late(self) -> None:
+        """Deadlines hold without a core, and with one that does not come to its own look at them."""
+        now_s = time.monotonic() - (_DEADLINE_SLACK_S if self._core.is_up else 0.0)
+        if not self._deadlines.has_expired(now_s):
+            return
+        with self._lock:
+            late = [sequence for leader in self._deadlines.pop_expired(now_s) for sequence in self._groups[leader]]
+            self._core.end(tuple(sequence.handle for sequence in late), by_client=False)
+        for sequence in late:
+            self._finish(sequence, "", "deadline", None)
+
     # ---- cores that come and go, response thread
 
     def _welcome(self, hello: Hello) -> None:
-        if hello.epoch == self._epoch:
+        if hello.epoch == self._core.epoch:
             return
         if hello.protocol != PROTOCOL:
             return self._give_up(EngineLost(f"engine core speaks protocol {hello.protocol}, this front {PROTOCOL}"))
-        self._end_cancelled()
-        is_restart = self._last_epoch is not None
+        is_restart = self._core.last_epoch is not None
         for sequence in list(self._open.values()):
             reason = sequence.ended_by_itself()
-            if reason is not None:
+            if sequence.ending is None and reason is not None:
                 self._finish(sequence, "", reason, None)
         self._find_guilty()
         limits = hello.limits
@@ -388,12 +431,13 @@ class Front:
                 vocab_size=limits.vocab_size,
                 max_sequences=limits.max_queue_size,
             )
-            self._epoch = self._last_epoch = hello.epoch
-            self._base = hello.front_base
             self._lost = None
-            for sequence in self._open.values():
-                sequence.alone = True
-                self._client.send(Submit(hello.epoch, self._client.identity, replay_of(sequence)))
+            self._core.meet(hello)
+            self._hand_over()
+            # What was cancelled until now the core will never hear of; what is from now on, it is told.
+            decided = [sequence for sequence in self._open.values() if sequence.ending is not None]
+        for sequence in decided:
+            self._finish(sequence, "", "cancelled", None)
         self._settled.set()
         if is_restart:
             log.warning("another engine core took over: %d sequences continue", len(self._open))
@@ -403,26 +447,44 @@ class Front:
             self._observer.restarted(max(0, num_restarts - self._num_restarts), len(self._open) if is_restart else 0)
         self._num_restarts = num_restarts
 
+    def _hand_over(self) -> None:
+        """Ask the core for everything that is open. Under the lock."""
+        if self._guilty:
+            self._probe, self._next_handle = self._next_handle, self._next_handle + 1
+            self._core.submit(probe(self._probe), [])
+        innocent = ([s for s in group if s not in self._guilty] for group in self._groups.values())
+        for request, sequences in replays(innocent):
+            self._core.submit(request, sequences)
+
     def _find_guilty(self) -> None:
-        """Count the last core's death against the sequences it was working on, and give up what kills every core."""
-        death = read_deaths(self._address.deaths).get(self._last_epoch or 0)
+        """Count the last core's death against the sequences it was working on; find those that kill every core."""
+        death = read_deaths(self._address.deaths).get(self._core.last_epoch or 0)
         if death is None:
             return
         for sequence in list(self._open.values()):
-            handle = self._base + sequence.handle
-            sequence.points += death.points(handle)
-            if sequence.points >= GUILTY_AT and death.proves_guilt(handle):
-                log.error("request %r kills the engine core; it is given up", sequence.generation.request_id)
-                self._observer.poisoned()
+            if self._core.blame(death, sequence):
+                siblings = self._groups[sequence.leader]
+                # Without a token of any of them it is the prompt that kills, and they have it in common.
+                is_prompt = not any(sibling.output_ids for sibling in siblings)
+                self._guilty.update(dict.fromkeys(siblings if is_prompt else [sequence]))
+
+    def _convict(self) -> None:
+        """The engine works, so what has killed it is to blame."""
+        guilty, self._guilty, self._probe = self._guilty, {}, -1
+        for number in {sequence.generation.request_id: sequence for sequence in guilty}:
+            log.error("request %r kills the engine core; it is given up", number)
+        for sequence in guilty:
+            if sequence.handle in self._open:
                 poison = PoisonRequest("the engine core died each time it computed this request; do not send it again")
+                self._observer.poisoned()
                 self._finish(sequence, "", "error", None, poison)
 
     def _disconnect(self) -> None:
         with self._lock:
-            self._epoch = None
+            self._core.lose()
         self._disconnected_s = time.monotonic()
 
-    def _end_cancelled(self) -> None:
+    def _end_decided(self) -> None:
         """Sequences whose end the front has decided do not need a core to confirm it when there is none."""
         for sequence in list(self._open.values()):
             if sequence.ending is not None:
@@ -433,7 +495,7 @@ class Front:
         status = read_status(self._address.status)
         if status is None or not process_exists(status.supervisor_pid):
             # A front may come up before its supervisor; and one that had a core waits a moment for a new supervisor.
-            if self._last_epoch is not None and time.monotonic() - self._disconnected_s > _NO_SUPERVISOR_LIMIT_S:
+            if self._core.last_epoch is not None and time.monotonic() - self._disconnected_s > _NO_SUPERVISOR_LIMIT_S:
                 self._give_up(EngineLost("the engine core and its supervisor are gone"))
         elif status.state in ("lost", "closed"):
             self._give_up(status.failure or EngineLost("the engine core was closed"))
@@ -441,7 +503,7 @@ class Front:
     def _give_up(self, error: PageflightError) -> None:
         with self._lock:
             self._lost = error
-            self._epoch = None
+            self._core.lose()
         for sequence in list(self._open.values()):
-            self._finish(sequence, "", "error", None, error)
+            self._finish(sequence, "", "error", None, self._loss)
         self._settled.set()
