@@ -66,6 +66,7 @@ class LoopMachine(Counted):
         self.output_ids: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
         self.is_refused: set[int] = set()
+        self.is_accepted: set[int] = set()
         self.next_handle = 0
         self.begin_core()
 
@@ -118,6 +119,8 @@ class LoopMachine(Counted):
             if self.scheduler.has_work or self.mailbox.has_commands:
                 self.loop.step()
         self.hear()
+        if not self.mailbox.has_commands:
+            self.is_accepted = self.requests.keys() - self.is_refused
 
     @rule(trial_tokens=st.sampled_from([0, TRIAL_TOKENS, 7]))
     def die(self, trial_tokens: int) -> None:
@@ -143,7 +146,7 @@ class LoopMachine(Counted):
                 sequence_index=handle - request.handle,
                 output_ids=tuple(self.output_ids[handle]),
                 trial_tokens=trial_tokens,
-                is_taken_over=True,
+                is_taken_over=handle in self.is_accepted,
             )
             self.mailbox.send(Submit(again))
 
@@ -154,6 +157,7 @@ class LoopMachine(Counted):
             alone = handle != first.handle or self.output_ids[handle]
             for index in range(1 if alone else first.sampling.n):
                 assert handle + index not in self.reasons
+                assert handle + index not in self.is_accepted, "accepted, taken over and then refused"
                 self.is_refused.add(handle + index)
         for events in self.mailbox.take_events():
             for handle, token in zip(events.handles.tolist(), events.ids.tolist(), strict=True):

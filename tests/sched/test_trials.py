@@ -59,6 +59,29 @@ def test_a_suspect_takes_rows_and_blocks_from_others_if_it_must() -> None:
     assert {harness.finished[handle].reason for handle in (*others, suspect)} == {"length"}
 
 
+def test_a_trial_lasts_as_long_as_it_was_asked_for() -> None:
+    """Who strikes at every 16th position was always among others again by then."""
+    harness = Harness(prefix_cache=False)
+    innocent = harness.submit(prompt(4), max_tokens=40)
+    suspect = harness.submit(prompt(4, 2), max_tokens=40, trial_tokens=18)
+    for _ in range(18):
+        assert handles(harness, harness.step()) == [suspect]
+    assert sorted(handles(harness, harness.step())) == [innocent, suspect]
+
+
+def test_the_accused_is_not_the_one_that_makes_room() -> None:
+    """With the worst rank it lost its own row when blocks ran out, waited, and ran among others, its trial not over."""
+    harness = Harness(num_blocks=6, max_num_seqs=3, max_num_tokens=20, prefix_cache=False, kv_admission="optimistic")
+    others = [harness.submit(prompt(8, first), max_tokens=8) for first in range(2)]
+    harness.step()
+    suspect = harness.submit(prompt(3, 1), max_tokens=12, priority=-5, trial_tokens=10)
+    for _ in range(10):
+        assert handles(harness, harness.step()) == [suspect]
+    harness.run()
+    harness.verify()
+    assert {harness.finished[handle].reason for handle in (*others, suspect)} == {"length"}
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2])
 def test_a_trial_ends_with_its_sequence(max_tokens: int) -> None:
     """The accused had no third token to be cleared by, and its trial never ended."""

@@ -8,8 +8,9 @@ from collections import deque
 from pageflight.core.request import Request
 from pageflight.loop.client import CoreClient
 from pageflight.loop.deaths import Death
-from pageflight.loop.frames import Beat, Cancel, Hello, Leave, Submit
+from pageflight.loop.frames import Beat, Cancel, CoreLimits, Hello, Leave, Submit
 from pageflight.loop.open_sequence import OpenSequence
+from pageflight.sched.admission import AdmissionLimits
 
 SILENT_AFTER_S = 5.0
 """A core from which nothing has come for so long does not answer, unless its steps have been known to be longer."""
@@ -24,9 +25,13 @@ class CoreLink:
 
     def __init__(self, client: CoreClient) -> None:
         self._client = client
+        self.limits: CoreLimits | None = None
+        """What the last core said of itself."""
         self.epoch: int | None = None
         """Of the core that takes commands; None while there is none."""
         self.last_epoch: int | None = None
+        self.lost_s: float | None = None
+        """When the last core went."""
         self._base = 0  # between this front's numbers and those of the core of `last_epoch`
         self._unconfirmed: deque[list[OpenSequence]] = deque()  # per request sent, in order
         self._num_confirmed = 0
@@ -65,13 +70,14 @@ class CoreLink:
     def meet(self, hello: Hello) -> None:
         """Another core takes commands, or the same one over another connection."""
         self.epoch = self.last_epoch = hello.epoch
-        self._base = hello.front_base
+        self._base, self.limits = hello.front_base, hello.limits
         self._unconfirmed.clear()
         self._num_confirmed = 0
         self._heard_s, self._patience_s = time.monotonic(), SILENT_AFTER_S
 
     def lose(self) -> None:
-        self.epoch = None
+        if self.epoch is not None:
+            self.epoch, self.lost_s = None, time.monotonic()
 
     def hear(self) -> None:
         """The core has said something."""
@@ -94,3 +100,14 @@ class CoreLink:
         handle = self._base + sequence.handle
         sequence.suspicion.blame(death, handle)
         return sequence.suspicion.is_guilty and death.proves_guilt(handle)
+
+
+def admission_of(limits: CoreLimits) -> AdmissionLimits:
+    """What a core with these limits refuses whenever it comes, so that its front can."""
+    return AdmissionLimits(
+        max_model_len=limits.max_model_len,
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        vocab_size=limits.vocab_size,
+        max_sequences=limits.max_queue_size,
+    )
