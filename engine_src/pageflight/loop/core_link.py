@@ -90,7 +90,8 @@ class CoreLink:
         """What it has taken in is accepted; what it refused has ended already."""
         if beat.epoch != self.epoch:
             return
-        while self._num_confirmed < beat.num_taken:
+        # Commands of a connection that broke may be counted with those of the next: no more than were sent.
+        while self._num_confirmed < beat.num_taken and self._unconfirmed:
             self._num_confirmed += 1
             for sequence in self._unconfirmed.popleft():
                 sequence.is_accepted = True

@@ -351,9 +351,9 @@ class Front:
             if sequence.ending is None and reason is not None:
                 self._finish(sequence, "", reason, None)
         death = read_deaths(self._address.deaths).get(self._core.last_epoch or 0)
-        if death is not None:
-            self._verdicts.count(death, self._book.groups)
         with self._lock:
+            if death is not None:
+                self._verdicts.count(death, self._book.groups)
             self._lost = None
             self._core.meet(hello)
             for request, sequences in self._verdicts.requests(self._book.groups, self._book.take_handles(1)):

@@ -22,7 +22,7 @@ Groups = Mapping[int, list[OpenSequence]]
 
 
 class Verdicts:
-    """Of one front. Used by its response thread."""
+    """Of one front. Used by its response thread; what takes `Groups` under its lock."""
 
     def __init__(self, core: CoreLink) -> None:
         self._core = core
