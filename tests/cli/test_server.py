@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pageflight.cli import shared_memory
 from pageflight.cli.client import Server
 from pageflight.cli.errors import ServerError, ServerStartError
 from pageflight.cli.generate import print_answers
@@ -187,6 +188,22 @@ def test_a_server_is_not_waited_for_without_hope(fake: Path, tmp_path: Path) -> 
     process = start(fake, "hangs", free_ports(), tmp_path / "note")
     process.wait_ready(lambda text: None)
     assert process.drain(1e6, lambda text: None, is_hopeless=lambda: True) == -signal.SIGKILL
+
+
+def test_shared_memory_of_a_killed_server_is_removed_and_nobody_else_s(tmp_path: Path) -> None:
+    """Each server that was killed left one segment for every process in /dev/shm, until the machine was restarted."""
+    ours, others = "triton_python_backend_shm_region_1f-2a", "triton_python_backend_shm_region_3b-4c"
+    for name in (ours, others, "something"):
+        (tmp_path / name).touch()
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "maps").write_text(
+        f"7f00-7f01 rw-s 00000000 00:1b 86   /dev/shm/{ours}\n7f02-7f03 rw-s 00000000 00:1b 87   /dev/shm/something\n"
+    )
+    found = shared_memory.segments_of(7, proc=tmp_path)
+    assert found == {ours} and shared_memory.segments_of(8, proc=tmp_path) == frozenset()
+    shared_memory.remove(found, folder=tmp_path)
+    shared_memory.remove(found, folder=tmp_path)
+    assert not (tmp_path / ours).exists() and (tmp_path / others).exists() and (tmp_path / "something").exists()
 
 
 def test_the_server_does_not_outlive_its_starter(fake: Path, tmp_path: Path) -> None:

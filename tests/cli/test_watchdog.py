@@ -191,6 +191,32 @@ def test_two_stubs_of_a_model_that_die_together_are_one_reload(stubs: Stubs, wat
     assert orders.taken == ["unload demo", "load demo"]
 
 
+@pytest.mark.parametrize("opened", [0, 1])
+def test_siblings_that_tritonserver_forgot_are_ended_when_they_have_nothing_to_do(
+    stubs: Stubs, watch: Watch, opened: int
+) -> None:
+    """A model with a stub that died in the middle of an exchange was never unloaded; its healthy stub stayed beside the
+    new ones, 50 MB for each death."""
+    sibling, victim = stubs.start("demo", opened=opened), stubs.start("demo", instance=1)
+    page, fresh = stubs.page(sibling), []
+    watched = watch(Orders(on_load=lambda model: fresh.append(stubs.start(model))), unload_s=0.2)
+    victim.kill()
+    assert page is not None
+    if opened:
+        eventually(lambda: watched.has_told("demo is back"))
+        time.sleep(0.5)
+        assert sibling.poll() is None and not watched.has_told("it is ended")
+        page.decide(are_open=True)
+        (slot,) = page._entries()
+        with page.path.open("r+b") as file:  # as the stub itself would strike its request out
+            file.seek(4096 + 16 * slot[0])
+            file.write(bytes(16))
+    eventually(lambda: sibling.poll() == -signal.SIGKILL)
+    eventually(lambda: not page.path.exists())
+    assert watched.has_told("was replaced and has nothing to do; it is ended")
+    assert watched.watchdog.num_deaths == 1 and fresh[0].poll() is None
+
+
 def test_a_model_that_dies_again_and_again_is_left_unloaded(stubs: Stubs, watch: Watch) -> None:
     """A model that cannot live was loaded for ever, at the cost of all others."""
     orders = Orders(on_load=lambda model: stubs.start(model).kill())

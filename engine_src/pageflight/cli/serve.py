@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pageflight.cli import tritonserver
+from pageflight.cli import shared_memory, tritonserver
 from pageflight.cli.console import console, output
 from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
@@ -20,6 +20,7 @@ from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_guard import ServerGuard
 from pageflight.cli.server_process import ServerProcess
 from pageflight.cli.watch_flags import WatchFlags
+from pageflight.loop.address import remove_leftovers
 from pageflight.loop.watch import Watch
 
 STARTS = 3
@@ -102,12 +103,15 @@ def _started(guard: ServerGuard, flags: ServerFlags, stack: ExitStack) -> Server
 
 def _drain(server: ServerProcess, guard: ServerGuard, flags: ServerFlags) -> None:
     guard.stop()
+    segments = shared_memory.segments_of(server.pid)
     server.drain(
         flags.exit_timeout_secs,
         lambda text: console.print(text, highlight=False),
         is_hopeless=guard.only_corpses_are_left,
     )
     server.kill()
+    shared_memory.remove(segments)
+    remove_leftovers()
 
 
 def server_command(

@@ -34,6 +34,8 @@ class Patience:
     further one in a row twice the last, up to `max_backoff_s`."""
     max_backoff_s: float = 30.0
     long_life_s: float = 120.0
+    unload_s: float = 10.0
+    """A stub that was replaced, lives on for so long and has nothing to finish: tritonserver has forgotten it."""
     max_short_lives: int = 6
     """So many in a row, and the model is left unloaded."""
     settle: SettlePatience = field(default_factory=SettlePatience)
@@ -75,6 +77,7 @@ class Watchdog:
         self._records: dict[str, _Record] = {}
         self._stuck: set[Path] = set()
         self._dead: set[Path] = set()  # ledgers that wait to be settled
+        self._forgotten: set[Path] = set()  # ledgers of stubs that the watchdog itself has ended
         self._lock = threading.Lock()  # guards the records
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -122,7 +125,9 @@ class Watchdog:
             else:
                 del self._known[path]
                 self._stuck.discard(path)
-                if path.exists():  # otherwise the stub has ended as it should
+                if path in self._forgotten:
+                    path.unlink(missing_ok=True)
+                elif path.exists():  # otherwise the stub has ended as it should
                     self._dead.add(path)
                     self._died(page)
 
@@ -194,10 +199,25 @@ class Watchdog:
             if not is_back:
                 continue
             self._tell(f"{model} is back after {record.back_s - died_s:.1f} s; deaths={self.num_deaths}")
+            self._in_background(self._end_forgotten, record.replaced)
             with self._lock:
                 record.is_recovering = record.died_again
                 if not record.is_recovering:
                     return
+
+    def _end_forgotten(self, replaced: frozenset[Path]) -> None:
+        """End the healthy stubs of a model that was replaced because one of them had died: where tritonserver cannot
+        get rid of the dead one it keeps them all, until its own end."""
+        self._stopping.wait(self._patience.unload_s)
+        while not self._stopping.wait(self._patience.look_s):
+            left = [page for page in map(Page.of, replaced) if page is not None and page.owner.is_alive]
+            if not left:
+                return
+            for page in left:
+                if not page.open_requests() and not page.num_pending():
+                    self._tell(f"{name_of(page)} was replaced and has nothing to do; it is ended")
+                    self._forgotten.add(page.path)
+                    os.kill(page.owner.stub_pid, signal.SIGKILL)
 
     def _order(self, order: Callable[[str], None], model: str) -> bool:
         try:
