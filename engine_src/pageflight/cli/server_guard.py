@@ -35,6 +35,11 @@ class ServerGuard:
             self._watchdog = Watchdog(server_pid, self._api, _tell, can_reload=self._can_reload, patience=patience)
             self._watchdog.start()
 
+    def stop_reloads(self) -> None:
+        """The server drains: models that die stay away, but their requests still get an end."""
+        if self._watchdog is not None:
+            self._watchdog.stop_reloads()
+
     def stop(self) -> None:
         """The server is about to end."""
         if self._watchdog is not None:
