@@ -29,7 +29,8 @@ class InferenceResponseSender:
     def __init__(self, mutex: int = 40) -> None:
         self.memory = ctypes.create_string_buffer(bytes(range(1, 97)) + bytes(SIZE - 96), SIZE)
         self.closed_at = 96 + mutex
-        self.memory[self.closed_at + 1 : self.closed_at + 8] = b"garbage"  # nobody clears padding
+        if mutex == 40:
+            self.memory[self.closed_at + 1 : self.closed_at + 8] = b"garbage"  # nobody clears padding
         self.put(0, OWN[0])
         self.put(8, OWN[1])
         self.answered: list[tuple[int, int]] = []

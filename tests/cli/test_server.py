@@ -261,7 +261,7 @@ def test_a_server_that_does_not_end_is_ended(fake: Path, tmp_path: Path, monkeyp
     process = start(fake, "hangs", free_ports(), tmp_path / "note")
     process.wait_ready(lambda text: None)
     monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.5)
-    assert process.drain(5, lambda text: None) == -signal.SIGKILL
+    assert process.drain(0.5, lambda text: None) == -signal.SIGKILL
 
 
 def test_a_server_is_not_waited_for_without_hope(fake: Path, tmp_path: Path) -> None:
