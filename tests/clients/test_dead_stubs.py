@@ -6,9 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,48 +15,18 @@ import psutil
 import pytest
 import requests
 import tritonclient.grpc as triton
+from commands import Served, serving
 from grpc_stream import Stream, stream, tensor, text_tensor
-from servers import Server, free_ports, wait_for
+from servers import wait_for
 from tritonclient.utils import InferenceServerException
 
-from pageflight.backend.ledger import Page, pages
 from pageflight.core.wire import END_REQUESTS_OF
-from pageflight.loop.address import drain_marker, stub_folder
+from pageflight.loop.address import drain_marker
 from pageflight_build.triton_config import Deployment, write_repository
 
 NAME = "tiny"
 NUM_TOKENS = 60
 PATIENCE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Served(Server):
-    """A server under `pageflight serve`, and what that has printed."""
-
-    process: subprocess.Popen[str]
-    printed: list[str] = field(default_factory=list)
-
-    @property
-    def stubs(self) -> list[Page]:
-        (tritonserver,) = psutil.Process(self.process.pid).children()
-        return [page for page in pages(stub_folder(tritonserver.pid)) if page.owner.is_alive]
-
-    def stub(self, model: str) -> Page:
-        (found,) = [page for page in self.stubs if page.owner.model == model]
-        return found
-
-    def kill(self, model: str, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.stub(model).owner.stub_pid, number)
-
-    def has_printed(self, text: str) -> bool:
-        return any(text in line for line in self.printed)
-
-    def answers(self, model: str) -> bool:
-        """Whether a new request succeeds."""
-        try:
-            return self.generate(model, text_input="the fox", max_tokens=2).status_code == 200
-        except requests.RequestException:
-            return False
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +37,8 @@ def served(repository: tuple[Path, int], tmp_path_factory: pytest.TempPathFactor
     fake = json.dumps({"kind": "checking", "vocab_size": vocab_size, "step_s": 0.02})
     write_repository(folder, Deployment(name=NAME, max_num_seqs=16, fake_engine=fake))
     (folder / "engine" / "1" / "artifacts").symlink_to(built / "engine" / "1" / "artifacts", target_is_directory=True)
-    ports = free_ports()
-    command = [sys.executable, "-c", "import sys; from pageflight.cli.main import main; sys.exit(main())", "serve"]
-    command += [str(folder), "--host", "127.0.0.1", "--http-port", str(ports.http), "--grpc-port", str(ports.grpc)]
-    command += ["--metrics-port", str(ports.metrics), "--restart-stuck-after", "3", "--exit-timeout-secs", "10"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        server = Served(NAME, vocab_size, ports, process)
-        assert process.stdout is not None
-        reader = threading.Thread(target=lambda: server.printed.extend(process.stdout or ()), daemon=True)
-        reader.start()
-        try:
-            assert wait_for(lambda: server.has_printed("Serving"), 60), "".join(server.printed)
-            yield server
-            if process.poll() is None:  # the last test has not run
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(timeout=60) == 0, "".join(server.printed)
-        finally:
-            process.kill()
-            reader.join()
+    with serving(folder, NAME, vocab_size, "--restart-stuck-after", "3", "--exit-timeout-secs", "10") as running:
+        yield running
 
 
 def inputs(model: str, prompt: str, *, streamed: bool) -> list[triton.InferInput]:

@@ -22,7 +22,7 @@ from pageflight_build.triton_config import Deployment, write_repository
 
 NAME = "tiny"
 EXIT_TIMEOUT_S = 12
-NUM_TOKENS = 150  # of 20 ms each
+NUM_TOKENS, SHORT = 150, 80  # of 20 ms each
 PROMPTS = [f"the fox number {number} runs" for number in range(6)]
 
 
@@ -72,8 +72,8 @@ def test_a_stream_that_has_just_begun_is_not_killed(
     monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.5)
     further = ("--allow-metrics=false",)
     with running_server(slow_repository[0], NAME, slow_repository[1], further, exit_timeout_s=60) as server:
-        expected = ask(server, PROMPTS[0], NAME).joined()
-        with streaming(server, (NAME, "ensemble"), NUM_TOKENS) as asked:
+        expected = ask(server, PROMPTS[0], NAME, SHORT).joined()
+        with streaming(server, (NAME, "ensemble"), SHORT) as asked:
             told: list[str] = []
             status = server.process.drain(60, told.append)
             streams = [future.result() for future in asked]
