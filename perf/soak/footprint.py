@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from perf.processes import num_zombies, shared_memory, tree
 from perf.soak.checks import Check, nothing
-from perf.soak.processes import num_zombies, shared_memory, tree
 
 FDS_SLACK = 8
 """Per process. Idle connections of clients that have just gone, and a metrics scrape under way."""

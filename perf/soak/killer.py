@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from perf.processes import Life, Sample, tree
 from perf.soak.outages import Outage, Outages
-from perf.soak.processes import Life, Sample, tree
 from perf.soak.server import Running
 
 RETURN_LIMIT_S = 90.0

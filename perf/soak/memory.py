@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from perf.soak.processes import Life, Sample
+from perf.processes import Life, Sample
 
-MIN_SAMPLES = 15
+MIN_SAMPLES = 60
+"""A minute. In less than that one larger batch looks like growth."""
 Point = tuple[float, float]  # seconds, KiB
 
 

@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
+from perf.processes import Life, shared_memory, tree
 from perf.soak.memory import Memory
-from perf.soak.processes import Life, shared_memory, tree
 from perf.soak.server import Running
 
 _LOOK_S = 1.0

@@ -51,6 +51,7 @@ def record(result: Result) -> figures.Record:
         "outcomes": {each.value: result.tally.outcomes[each] for each in Outcome},
         "core_kills": result.num_core_kills,
         "stub_kills": dict(Counter(result.stub_kills)),
+        "kept_stubs": result.num_kept_stubs,
         "return_s": [round(seconds, 1) for seconds in result.return_s],
         **{name: result.counted.get(name, 0) for name in _COUNTERS},
         "exit_s": round(result.exit_s, 1),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from perf.soak.checks import Check, nothing
 from perf.soak.clients import Clients
-from perf.soak.footprint import compare, files_in, footprint
+from perf.soak.footprint import Footprint, compare, files_in, footprint
 from perf.soak.killer import Killer, KillPlan
 from perf.soak.memory import Growth
 from perf.soak.mix import Mix
@@ -50,6 +50,8 @@ class Result:
     counted: Mapping[str, int]
     num_core_kills: int
     stub_kills: list[str]
+    num_kept_stubs: int
+    """Killed ones whose models tritonserver could not unload."""
     return_s: list[float]
     exit_s: float
     versions: Mapping[str, str]
@@ -59,62 +61,47 @@ class Result:
         return all(check.is_ok for check in self.checks)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What was seen of the server between its first load and its end."""
+
+    before: Footprint
+    after: Footprint
+    was_idle: bool
+    series: Mapping[str, float]  # of the idle server at last
+    growth: list[Growth]
+    ended_unasked: set[str]
+
+
 def soak(plan: Plan, folder: Path, log_file: Path, tell: Callable[[str], None]) -> Result:
     """Raises SoakError when the server does not start or answer. `folder` is empty and the soak's own."""
     tell("building")
-    repository = folder / "repository"
-    build(plan.deployment, repository)
+    build(plan.deployment, folder / "repository")
     segments_before = _segments()
-    with serving(repository, folder, log_file, check_invariants=plan.deployment.check_invariants) as running:
-        observer, outages = Observer(running), Outages()
-        clients = _clients(plan, running, outages)
-        tell("undisturbed: what every known question is answered")
-        clients.learn()
-        tell(f"warming up, {plan.clients} clients")
-        warm_s = time.monotonic() + plan.warm_up_s
-        clients.run(plan.clients, warm_s - plan.warm_up_s / 2)
+    with serving(folder / "repository", folder, log_file, check_invariants=plan.deployment.check_invariants) as running:
+        outages = Outages()
+        clients, observer = _clients(plan, running, outages), Observer(running)
         killer = Killer(running, plan.deployment.name, plan.kills, outages, plan.seed)
-        if plan.kills.core_every_s:
-            killer.kill_core()  # what the first death leaves for good, such as a file about it, is no leak
-        clients.run(plan.clients, warm_s)
-        is_idle = _settled(running, plan.idle_s)
-        before = footprint(running.process.pid, running.runtime)
-        observer.start()
-        tell(f"soaking for {plan.minutes:g} min")
-        begin_s, end_s = time.monotonic(), time.monotonic() + 60 * plan.minutes
-        calm_s = end_s - plan.calm_share * (end_s - begin_s)
-        killer.start()
-        clients.run(plan.clients, calm_s)
-        killer.stop()
-        calm_s = time.monotonic()
-        tell("no more kills")
-        clients.run(plan.clients, max(end_s, calm_s))
-        end_s = time.monotonic()
-        tell("idle")
-        is_idle = _settled(running, plan.idle_s) and is_idle
-        after = footprint(running.process.pid, running.runtime)
-        series, versions = running.series(), running.versions()
-        observer.stop()
-        growth = observer.memory.growth((calm_s + end_s) / 2, end_s)  # before that, new processes fill their caches
-        ended = [life for life in observer.gone() if life not in killer.killed]
+        versions = running.versions()
+        seen = _watched(plan, running, clients, killer, observer, tell)
         tell("shutting down")
         running.stop()
         _wait_until(lambda: len(observer.gone()) == len(observer.lives), _GONE_S)
         orphans = [f"{life.role} {life.pid}" for life in observer.lives if life.is_running]
+    left_over = (_segments() - segments_before) & (observer.segments | seen.before.segments | seen.after.segments)
     tally = clients.tally
-    left_over = (_segments() - segments_before) & (observer.segments | before.segments | after.segments)
     checks = [
         Check("failed requests", tally.outcomes[Outcome.FAILED], 0, "; ".join(tally.failures[:3])),
         Check("requests without an outcome", tally.num_unaccounted, 0),
         nothing("kinds of outcomes that did not occur", _missing(plan, tally)),
-        Check("requests still open or blocks still held, idle", 0 if is_idle else 1, 0, held(series)),
-        nothing("processes that ended unasked", {f"{life.role} {life.pid}" for life in ended}),
+        Check("requests still open or blocks still held, idle", 0 if seen.was_idle else 1, 0, held(seen.series)),
+        nothing("processes that ended unasked", seen.ended_unasked),
         nothing("models that did not come back", outages.never_ended),
         Check("requests given up as poison", observer.counted["poison_requests"], 0),
         Check("tracebacks in the server's log", sum("Traceback" in line for line in running.log), 0),
-        *compare(before, after, num_stub_kills=len(killer.stub_kills)),
-        *(_flat(each, plan.flat_kib_min) for each in growth),
-        Check("exit status", 1 if running.exit_status else 0 if running.exit_status == 0 else 2, 0),
+        *compare(seen.before, seen.after, num_stub_kills=len(killer.stub_kills)),
+        *(_flat(each, plan.flat_kib_min) for each in seen.growth),
+        Check("exit status other than 0", int(running.exit_status != 0), 0),
         nothing("processes after the end", orphans),
         nothing("shared-memory segments after the end", left_over),
         nothing("files in the meeting place after the end", files_in(running.runtime)),
@@ -123,13 +110,55 @@ def soak(plan: Plan, folder: Path, log_file: Path, tell: Callable[[str], None]) 
         plan=plan,
         tally=tally,
         checks=checks,
-        growth=growth,
+        growth=seen.growth,
         counted=observer.counted,
         num_core_kills=killer.num_core_kills,
         stub_kills=killer.stub_kills,
+        num_kept_stubs=seen.after.num_zombies,
         return_s=killer.return_s,
         exit_s=running.exit_s,
         versions=versions,
+    )
+
+
+def _watched(
+    plan: Plan, running: Running, clients: Clients, killer: Killer, observer: Observer, tell: Callable[[str], None]
+) -> _Seen:
+    """Warm-up, load with kills, load without, and what the idle server holds before and after."""
+    tell("undisturbed: what every known question is answered")
+    clients.learn()
+    tell(f"warming up, {plan.clients} clients")
+    clients.run(plan.clients, time.monotonic() + plan.warm_up_s / 2)
+    if plan.kills.core_every_s:
+        killer.kill_core()  # what the first death leaves for good, such as a file about it, is no leak
+    clients.run(plan.clients, time.monotonic() + plan.warm_up_s / 2)
+    was_idle = _settled(running, plan.idle_s)
+    before = footprint(running.process.pid, running.runtime)
+    observer.start()
+    tell(f"soaking for {plan.minutes:g} min")
+    end_s = time.monotonic() + 60 * plan.minutes
+    killer.start()
+    clients.run(plan.clients, end_s - plan.calm_share * 60 * plan.minutes)
+    killer.stop()
+    calm_s = time.monotonic()
+    tell("no more kills")
+    clients.run(plan.clients, end_s)
+    end_s = time.monotonic()
+    tell("idle")
+    was_idle = _settled(running, plan.idle_s) and was_idle
+    after, series = footprint(running.process.pid, running.runtime), running.series()
+    observer.stop()
+    return _Seen(
+        before=before,
+        after=after,
+        was_idle=was_idle,
+        series=series,
+        growth=observer.memory.growth((calm_s + end_s) / 2, end_s),  # before that, new processes fill their caches
+        ended_unasked={
+            f"{life.role} {life.pid}"
+            for life in observer.gone()
+            if life not in killer.killed and life.role in before.roles  # the others are shells that start a stub
+        },
     )
 
 

@@ -28,9 +28,14 @@ def test_a_stub_lets_go_of_its_server_s_sockets_and_of_nothing_else(tmp_path: Pa
     """Connections of clients did not end when the server closed them: a stub that was loaded again held them, too."""
     ours, theirs = socket.socketpair()
     with ours, theirs, (tmp_path / "file").open("w") as file:
-        listed = (theirs.fileno(), "socket:[4711]"), (file.fileno(), "/dev/shm/region"), (99999, "socket:[gone]")
+        listed = (
+            (theirs.fileno(), "socket:[4711]"),
+            (file.fileno(), "/dev/shm/region"),
+            (99999, "socket:[gone]"),
+            (2, "socket:[log]"),
+        )
         close_inherited_sockets(process(tmp_path / "stub", "triton_python_backend_stub", *listed))
-        assert not is_open(theirs.detach()) and is_open(ours.fileno()) and is_open(file.fileno())
+        assert not is_open(theirs.detach()) and is_open(ours.fileno()) and is_open(file.fileno()) and is_open(2)
 
 
 def test_no_other_process_loses_its_sockets(tmp_path: Path) -> None:

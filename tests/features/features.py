@@ -1,6 +1,6 @@
 """Every feature that a request or an engine can have, as data: what asks for it, and with what it cannot go.
 
-`test_matrix.py` runs each pair; `table.py` writes docs/features.md from it. The standard library only.
+`test_matrix.py` runs each pair; `table.py` writes docs/features.md from it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from pageflight.core.tenants import Tenants, TenantShare
 
 Group = Literal["request", "engine", "precision", "not built"]
 
@@ -146,6 +148,12 @@ REQUEST = (
     ),
     Feature(name="tenant", group="request", asks="`tenant`", options={"tenant": "shop"}),
     Feature(name="cache salt", group="request", asks="`cache_salt`", options={"cache_salt": "mine"}),
+    Feature(
+        name="retention priority",
+        group="request",
+        asks="`kv_retention_priority`",
+        options={"kv_retention_priority": 80},
+    ),
 )
 
 ENGINE = (
@@ -172,6 +180,19 @@ ENGINE = (
         scenes=frozenset({"crowd"}),
     ),
     Feature(
+        name="host memory as second level",
+        group="engine",
+        asks="`--host-kv-memory`, more requests than the cache holds",
+        settings={"num_tokens": 80, "num_host_tokens": 640},
+        scenes=frozenset({"crowd"}),
+    ),
+    Feature(
+        name="optimistic admission",
+        group="engine",
+        asks="`--kv-admission optimistic`",
+        settings={"kv_admission": "optimistic"},
+    ),
+    Feature(
         name="full-length reservation",
         group="engine",
         asks="`--kv-admission reserve`",
@@ -190,10 +211,22 @@ ENGINE = (
         settings={"scheduling_policy": "fcfs"},
     ),
     Feature(
+        name="quotas of tenants",
+        group="engine",
+        asks="`--tenants`",
+        settings={"tenants": Tenants(default=TenantShare(max_running=2, kv_share=0.9))},
+    ),
+    Feature(
         name="bounded inter-token time",
         group="engine",
         asks="`--target-inter-token-ms`",
         settings={"target_inter_token_ms": 5.0},
+    ),
+    Feature(
+        name="results independent of company",
+        group="engine",
+        asks="`--deterministic`",
+        settings={"deterministic": True},
     ),
     Feature(
         name="budget of responses",

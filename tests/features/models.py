@@ -53,6 +53,9 @@ class TextModel(ToyModel):
         return self._known[key]
 
 
+MAX_STEP = 128
+
+
 def make_checkpoint(folder: Path) -> Path:
     """A tiny Llama whose answers are printable: the other tokens' logits are 0 where these are up to 20."""
     make_tiny_checkpoint(folder)
@@ -89,8 +92,10 @@ def make_engine(checkpoint_dir: Path, folder: Path, dtype: str, kv_dtype: str) -
     return folder
 
 
-def load(engine_dir: Path) -> CompiledModel:
-    return registry.get("openvino").load(engine_dir, num_threads=1)
+def load(engine_dir: Path, *, is_deterministic: bool = False) -> CompiledModel:
+    lowering = registry.get("openvino")
+    model = lowering.load(engine_dir, num_threads=1)
+    return lowering.deterministic(model, name="tiny", max_num_tokens=MAX_STEP) if is_deterministic else model
 
 
 class WholePrompts:

@@ -126,7 +126,7 @@ def _finished(sender: Sender) -> Got:
 def _counters(stack: Stack) -> dict[str, int]:
     total: dict[str, int] = {}
     for stats in stack.stats():
-        for name in ("preemptions", "cached_tokens", "recomputed_tokens", "steps"):
+        for name in ("preemptions", "swaps_in", "cached_tokens", "recomputed_tokens", "steps"):
             total[name] = total.get(name, 0) + getattr(stats, name)
     return {**total, "partial_chunks": sum(core.runner.num_partial_chunks for core in stack.cores)}
 

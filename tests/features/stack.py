@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,9 +43,10 @@ DEFAULTS = {
     "max_num_seqs": 8,
     "max_model_len": MAX_LEN,
     "num_tokens": 640,
+    "num_host_tokens": 0,
     "prefix_cache": False,
 }
-"""`num_tokens` stands for as many blocks as hold them."""
+"""`num_tokens` and `num_host_tokens` stand for as many blocks as hold them."""
 
 
 class CoreDied(Exception):
@@ -144,8 +145,14 @@ class Core:
     ) -> None:
         kv, limits = config.kv, config.scheduler
         self.runner = Runner(
-            model, num_blocks=kv.num_blocks, max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len
+            model,
+            num_blocks=kv.num_blocks,
+            num_host_blocks=kv.num_host_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            deterministic=limits.deterministic,
         )
+        limits = replace(limits, replay_rows=self.runner.limits.replay_rows)
         self._recorder = None
         if recording is not None:
             header = Header(
@@ -222,6 +229,7 @@ class Stack:
         model = load()
         merged = {**DEFAULTS, **settings, "block_size": model.block_size, "token_tile": model.token_tile}
         merged["num_blocks"] = max(3, merged.pop("num_tokens") // model.block_size)
+        merged["num_host_blocks"] = merged.pop("num_host_tokens") // model.block_size
         kv_names = {item.name for item in fields(KVConfig)}
         self.config = EngineConfig(
             kv=KVConfig(**{name: value for name, value in merged.items() if name in kv_names}),

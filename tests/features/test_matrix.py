@@ -44,13 +44,14 @@ class Kitchen:
         scenes = frozenset().union(*(feature.scenes for feature in pair))
         dtypes = self._dtypes(pair)
         parameters = {name: value for feature in pair for name, value in feature.parameters.items()}
-        key = (dtypes, tuple(sorted({**settings, **parameters}.items())), "record" in scenes)
+        key = (dtypes, repr(sorted({**settings, **parameters}.items())), "record" in scenes)
         if key not in self._stacks:
             recordings = None
             if "record" in scenes:
                 recordings = self._folder / f"recordings{len(self._stacks)}"
                 recordings.mkdir()
-            made = running_stack(self._engine_dir(dtypes), self._loader(dtypes), settings, parameters, recordings)
+            loader = self._loader(dtypes, is_deterministic="deterministic" in settings)
+            made = running_stack(self._engine_dir(dtypes), loader, settings, parameters, recordings)
             self._stacks[key] = self._open.enter_context(made)
         return self._stacks[key]
 
@@ -94,9 +95,9 @@ class Kitchen:
             self._dirs[made] = make_engine(self._checkpoint, self._folder / "-".join(made), *made)
         return self._dirs[made]
 
-    def _loader(self, dtypes: tuple[str, str]) -> Callable[[], CompiledModel]:
+    def _loader(self, dtypes: tuple[str, str], *, is_deterministic: bool) -> Callable[[], CompiledModel]:
         if dtypes[0]:
-            return lambda: load(self._engine_dir(dtypes))
+            return lambda: load(self._engine_dir(dtypes), is_deterministic=is_deterministic)
         return lambda: TextModel(self._tokenizer)
 
 
@@ -143,6 +144,10 @@ WITHOUT_TRACE = {
     "priority",
     "tenant",
     "cache salt",
+    "retention priority",
+    "optimistic admission",
+    "quotas of tenants",
+    "results independent of company",
     "policy fair",
     "policy fcfs",
     "full-length reservation",
@@ -171,6 +176,7 @@ TRACES: dict[str, Callable[[Outcome, Outcome], bool]] = {
     "one prefill for a shared prefix": lambda plain, it: it.counted["cached_tokens"] >= 2 * BLOCK_SIZE,
     "chunked prefill": lambda plain, it: it.counted["partial_chunks"] > plain.counted["partial_chunks"] == 0,
     "preemption": lambda plain, it: it.counted["preemptions"] > 0,
+    "host memory as second level": lambda plain, it: it.counted["swaps_in"] > 0,
     "replay after the core's death": lambda plain, it: it.num_cores == 1 and it.counted["recomputed_tokens"] > 0,
     "recording, invariants checked": lambda plain, it: True,  # see the test of the recordings
 }

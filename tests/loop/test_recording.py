@@ -255,6 +255,33 @@ def test_a_full_disk_ends_the_recording_and_not_the_core(tmp_path: Path, caplog:
     assert "No space left" in caplog.text and len(list(read_entries(tmp_path / "x.rec"))) == 1
 
 
+def test_what_cannot_be_written_down_ends_the_recording_and_is_not_hoarded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The writing thread ended in silence, and everything that came after waited for it in memory."""
+    recorder = Recorder(tmp_path / "x.rec", header())
+    recorder.add(Called("set_tenants", {"number": 10**20}))
+    until_s = time.monotonic() + 30
+    while "ends here" not in caplog.text:
+        assert time.monotonic() < until_s
+    recorder.add(Died("lost"))
+    assert not recorder._pending
+    recorder.close()
+    assert len(list(read_entries(tmp_path / "x.rec"))) == 1
+
+
+def test_a_disk_that_is_full_from_the_first_byte_on_ends_no_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was a restarted core that could not write, and with it the restart failed."""
+    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(Path, "open", lambda *_, **__: full)
+    recorder = Recorder(tmp_path / "x.rec", header())
+    recorder.add(Died("lost"))
+    recorder.close()
+    assert "No space left" in caplog.text
+
+
 def test_a_recording_never_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.rec"
     path.write_text("precious")

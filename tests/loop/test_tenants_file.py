@@ -66,6 +66,15 @@ def test_a_file_that_is_gone_keeps_the_last_good_one(path: Path, tmp_path: Path)
     assert file.poll(3.0) == Tenants()
 
 
+def test_a_full_disk_takes_nobody_the_new_shares(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The core died because it could not write down for the next one what it had read."""
+    file = TenantsFile(path, tmp_path / "nowhere" / "kept")
+    assert file.load().share_of("a").weight == 2
+    path.write_text('{"tenants": {"a": {"weight": 3.5}}}')
+    assert file.poll(1.0) == Tenants(by_name={"a": TenantShare(weight=3.5)})
+    assert "may begin with older shares" in caplog.text
+
+
 def test_a_core_does_not_start_with_a_file_that_was_never_good(path: Path) -> None:
     path.write_text('{"default": {"weight": 0}}')
     spec = CoreSpec(config=CONFIG, fake=FakeEngine(), tenants_file=str(path))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from perf.processes import Life, Sample, num_zombies, tree
 from perf.soak.checks import Check
 from perf.soak.ended import Ended
 from perf.soak.errand import Ask, Ending, Errand, Fault, Target, Via
@@ -21,7 +22,6 @@ from perf.soak.memory import MIN_SAMPLES, Memory, slope
 from perf.soak.mix import Mix
 from perf.soak.observer import Observer
 from perf.soak.outages import Outages
-from perf.soak.processes import Life, Sample, num_zombies, tree
 from perf.soak.run import held
 from perf.soak.verdict import Outcome, Tally, Verdict, judge
 from perf.soak.vocabulary import Vocabulary
@@ -132,11 +132,17 @@ def test_the_slope_is_that_of_growth_and_not_of_restarts() -> None:
 def test_growth_is_told_by_role_and_only_of_the_time_asked_for() -> None:
     memory, lives = Memory(), [Life("core", 1, 5), Life("core", 2, 6), Life("serve", 3, 7)]
     for at_s in range(3 * MIN_SAMPLES):
-        samples = [Sample(life=life, parent=0, rss_kib=at_s * life.pid, num_fds=1, num_threads=1) for life in lives]
+        samples = [
+            Sample(life=life, parent=0, rss_kib=at_s * life.pid, num_fds=1, num_threads=1, cpu_s=0) for life in lives
+        ]
         memory.add(float(at_s), samples)
     core, serve = memory.growth(MIN_SAMPLES, 1e9)
     assert (core.role, core.num_samples, core.slope_kib_min) == ("core", 4 * MIN_SAMPLES, pytest.approx(90))
-    assert (serve.first_kib, serve.last_kib, serve.slope_kib_min) == (45, 132, pytest.approx(180))
+    assert (serve.first_kib, serve.last_kib, serve.slope_kib_min) == (
+        3 * MIN_SAMPLES,
+        9 * MIN_SAMPLES - 3,
+        pytest.approx(180),
+    )
 
 
 BEFORE = Footprint(

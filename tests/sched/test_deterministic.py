@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from sched_harness import Harness
 
@@ -125,3 +127,32 @@ def test_without_the_setting_chunking_is_heard() -> None:
     harness.run()
     with pytest.raises(AssertionError, match="instead of"):
         harness.verify()
+
+
+def test_a_prompt_whose_last_chunk_was_under_way_when_it_was_swapped_out_begins_it_again() -> None:
+    """All but the last token of the prompt counted as computed, and the next chunk began in the middle of a block."""
+    num_swaps = 0
+    for seed in range(150):
+        chance = random.Random(seed)
+        harness = Harness(
+            num_blocks=chance.randrange(12, 24),
+            max_num_tokens=chance.choice([8, 16, 32]),
+            max_num_seqs=chance.randrange(2, 8),
+            max_model_len=44,
+            num_host_blocks=chance.choice([8, 24, 60]),
+            step_s=0.01,
+            ahead=1,
+            deterministic=True,
+            replay_rows=chance.choice([1, 4]),
+            kv_admission="optimistic",
+            kv_watermark=0.0,
+        )
+        for _ in range(chance.randrange(3, 10)):
+            prompt = [chance.randrange(3) for _ in range(chance.randrange(1, 22))]
+            harness.submit(prompt, max_tokens=chance.randrange(1, 20), n=chance.choice([1, 1, 2]))
+            for _ in range(chance.randrange(4)):
+                harness.step()
+        harness.run()
+        harness.verify()
+        num_swaps += harness.scheduler.stats().swaps_in
+    assert num_swaps > 40, "nothing was swapped"

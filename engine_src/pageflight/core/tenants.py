@@ -20,6 +20,7 @@ from typing import Any
 from pageflight.core.errors import ConfigError
 
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +39,10 @@ class TenantShare:
     def __post_init__(self) -> None:
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise ConfigError(f"weight={self.weight}: must be {MIN_WEIGHT} to {MAX_WEIGHT:g}")
-        if self.max_waiting is not None and self.max_waiting < 0:
-            raise ConfigError(f"max_waiting={self.max_waiting}: must be at least 0")
-        if self.max_running is not None and self.max_running < 1:
-            raise ConfigError(f"max_running={self.max_running}: must be at least 1")
+        if self.max_waiting is not None and not 0 <= self.max_waiting <= MAX_COUNT:
+            raise ConfigError(f"max_waiting={self.max_waiting}: must be 0 to {MAX_COUNT}")
+        if self.max_running is not None and not 1 <= self.max_running <= MAX_COUNT:
+            raise ConfigError(f"max_running={self.max_running}: must be 1 to {MAX_COUNT}")
         if not 0 < self.kv_share <= 1:
             raise ConfigError(f"kv_share={self.kv_share}: must be above 0 and at most 1")
 
@@ -61,7 +62,7 @@ def parse_tenants(text: str) -> Tenants:
     """The content of a tenants file (JSON). Raises ConfigError with the place, the value and its limit."""
     try:
         data = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}") from None
     entries = _entries("the file", data, ("default", "tenants"))
     default = _share("default", entries.get("default", {}), TenantShare())
@@ -113,6 +114,9 @@ def _entries(place: str, data: object, names: tuple[str, ...] | None) -> dict[st
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
+    for name in entries:
+        if not name.isprintable():  # half a surrogate pair among them, which nothing could store
+            raise ConfigError(f"{name!r} has characters that cannot be printed")
     if len(entries) < len(pairs):
         names = [name for name, _value in pairs]
         raise ConfigError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")

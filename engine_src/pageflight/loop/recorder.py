@@ -66,19 +66,22 @@ class Recorder:
         self._pending: deque[Entry | _Plan | _Result] = deque([header])
         self._is_broken = False
         self._closing = threading.Event()
-        self._file.write(MAGIC)
+        self._write_out(MAGIC)
         self._write()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
     def add(self, entry: Called | Planned | Settled | Died) -> None:
-        self._pending.append(entry)
+        if not self._is_broken:
+            self._pending.append(entry)
 
     def add_plan(self, now_s: float, plan: StepPlan) -> None:
-        self._pending.append((now_s, plan))
+        if not self._is_broken:
+            self._pending.append((now_s, plan))
 
     def add_settled(self, now_s: float, result: StepResult, finished: tuple[Finished, ...], raised: str = "") -> None:
-        self._pending.append((now_s, result, finished, raised))
+        if not self._is_broken:
+            self._pending.append((now_s, result, finished, raised))
 
     def close(self) -> None:
         """Write what is left. Nothing may be added any more."""
@@ -96,15 +99,19 @@ class Recorder:
         count = len(self._pending)
         if count > MAX_PENDING:
             self._give_up("the disk is too slow")
-        if self._is_broken:
-            self._pending.clear()
-        elif count:
-            data = encode_frame(self._encoded(count))
-            head = len(data).to_bytes(4, "little") + crc32(data).to_bytes(4, "little")
+        elif count and not self._is_broken:
             try:
-                self._file.write(head + data)
-            except OSError as error:  # a full disk is no reason to end the core
-                self._give_up(str(error))
+                data = encode_frame(self._encoded(count))
+            except Exception as error:  # or this thread would end, and what waits for it grow for ever
+                self._give_up(f"{type(error).__name__}: {error}")
+                return
+            self._write_out(len(data).to_bytes(4, "little") + crc32(data).to_bytes(4, "little") + data)
+
+    def _write_out(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:  # a full disk is no reason to end the core
+            self._give_up(str(error))
 
     def _encoded(self, count: int) -> list[bytes]:
         """The `count` oldest entries; now and then the step loop gets a chance to take the interpreter."""
@@ -125,6 +132,7 @@ class Recorder:
     def _give_up(self, reason: str) -> None:
         log.error("the recording %s ends here: %s", self.path, reason)
         self._is_broken = True
+        self._pending.clear()
 
 
 def read_entries(path: Path) -> Iterator[Entry]:

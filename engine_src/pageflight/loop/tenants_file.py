@@ -56,8 +56,11 @@ class TenantsFile:
     def _read(self) -> Tenants:
         tenants = read_tenants(self._path)
         beside = self._kept.with_name(f"{self._kept.name}.new")
-        beside.write_bytes(msgspec.json.encode(tenants))
-        os.replace(beside, self._kept)
+        try:
+            beside.write_bytes(msgspec.json.encode(tenants))
+            os.replace(beside, self._kept)
+        except OSError as error:  # of use to a later core only; this one has them
+            log.warning("%s: %s; a restarted core may begin with older shares", self._kept, error.strerror or error)
         return tenants
 
     def _signature(self) -> tuple[int, ...] | None:

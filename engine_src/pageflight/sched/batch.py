@@ -178,6 +178,8 @@ class Batch:
         if sequence.state is State.DECODE:
             num_computed = int(self.rows.num_settled[row]) - 1
         sequence.num_computed_before = num_computed
+        if self.config.deterministic and num_computed < sequence.num_prompt:
+            num_computed -= num_computed % self.space.block_size  # its last chunk, under way, begins there once more
         if row not in self.draft.starts:  # else its blocks are not filled before the next plan
             self.counters.swaps_out += self.space.swap_out(sequence, self.rows.blocks(row), num_computed)
         self._leave_row(sequence)
