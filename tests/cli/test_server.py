@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 from pageflight.backend.ledger import Ledger
 from pageflight.cli import draining, shared_memory
@@ -219,6 +220,25 @@ def test_what_was_cut_off_is_counted(fake: Path, tmp_path: Path, monkeypatch: py
     told: list[str] = []
     assert process.drain(0.2, told.append) == -signal.SIGKILL
     assert process.num_cut_off == 2 and told[-1] == "stopping at once: 2 open requests are cut off"
+
+
+def test_serve_ends_with_status_1_when_it_cut_requests_off(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = free_ports()
+    arguments = (sys.executable, str(fake), "hangs", str(ports.http), str(tmp_path / "note"))
+    command = ServerCommand(arguments=arguments, environment=dict(os.environ), added_environment={})
+    flags = ServerFlags(host=ports.host, http_port=ports.http, grpc_port=ports.grpc, metrics_port=ports.metrics)
+    monkeypatch.setattr(draining, "num_open", lambda server_pid: 2)
+    monkeypatch.setattr(draining, "wait_until_idle", interrupted)
+    with pytest.raises(typer.Exit) as ended, running_server(command, flags):
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 1
+
+
+def interrupted(server_pid: int, timeout_s: float, has_ended: object) -> None:
+    """A second Ctrl-C while the server drains."""
+    raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -262,6 +262,7 @@ def test_requests_that_no_count_explains_are_told_and_left(stubs: Stubs, watch: 
     victim.kill()
     eventually(lambda: watched.has_told("leaves 1 requests of unknown state"))
     eventually(lambda: "load demo" in orders.taken)
+    assert not watched.has_told("cannot be ended")
     assert not any("ends" in order for order in orders.taken)
 
 

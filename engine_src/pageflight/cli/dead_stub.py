@@ -60,7 +60,8 @@ class DeadStub:
     def end_requests(self) -> None:
         """Have a living stub end what is open, and clear away the ledger."""
         page = self._page
-        num_open = page.num_open() if page.owner.kind == "front" else 0  # tritonserver ends those of the others
+        # tritonserver ends those of other stubs; of what is still pending nobody knows, and has been told.
+        num_open = page.num_open() - page.num_pending() if page.owner.kind == "front" else 0
         if not num_open:
             page.path.unlink(missing_ok=True)
             return
