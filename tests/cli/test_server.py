@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from pageflight.backend.ledger import Ledger
-from pageflight.cli import draining, shared_memory
+from pageflight.cli import console, draining, shared_memory
 from pageflight.cli.client import Server
 from pageflight.cli.errors import ServerError, ServerStartError
 from pageflight.cli.generate import print_answers
@@ -234,6 +234,17 @@ def test_serve_ends_with_status_1_when_it_cut_requests_off(
     with pytest.raises(typer.Exit) as ended, running_server(command, flags):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 1
+
+
+@pytest.mark.parametrize("failure", [BrokenPipeError(), SystemExit(1)])
+def test_a_terminal_that_has_gone_ends_no_server(failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word about draining raised, and every stream was cut off."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(console.console, "print", fail)
+    console.tell("draining")
 
 
 def interrupted(server_pid: int, timeout_s: float, has_ended: object) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from pageflight.cli import shared_memory, tritonserver
-from pageflight.cli.console import console, output
+from pageflight.cli.console import console, output, tell
 from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
 from pageflight.cli.server_flags import ServerFlags
@@ -109,7 +109,7 @@ def _drain(server: ServerProcess, guard: ServerGuard, flags: ServerFlags) -> Non
         segments = shared_memory.segments_of(server.pid)
         server.drain(
             flags.exit_timeout_secs,
-            lambda text: console.print(text, highlight=False),
+            tell,
             before_end=guard.stop,
             is_hopeless=guard.only_corpses_are_left,
         )
