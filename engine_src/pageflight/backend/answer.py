@@ -103,9 +103,9 @@ class Reply:
 
     def _strike(self) -> None:
         """Before the final response and not after: a request that ends twice brings tritonserver down."""
-        if self._ledger is not None and self._slot is not None:
-            self._ledger.strike(self._slot)
-            self._slot = None
+        if self._ledger is not None:
+            self._ledger.leave(self._slot)
+            self._ledger = self._slot = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
