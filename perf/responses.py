@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pageflight.cli.tritonserver import server_command
 from pageflight_build.triton_config import Deployment, write_repository
-from perf import figures, load
-from perf.processes import cpu_seconds
+from perf import figures, load, processes
 from perf.sides import ROOT, Child, build_repository, pageflight_command, start_triton
 from perf.workload import Workload
 
@@ -52,10 +52,10 @@ def measure(case: Case, repository: Path, log: Path, workload: Workload, repeat:
         load.run(address, model, warm_up, vocab_size=VOCAB_SIZE, seed=1, tokenizer="")
         runs = []
         for number in range(repeat):
-            before = cpu_seconds(child.process.pid)
+            before = _cpu_s(child)
             record = load.run(address, model, workload, vocab_size=VOCAB_SIZE, seed=2 + number, tokenizer="")
-            after = cpu_seconds(child.process.pid)
-            runs.append(_with_shares(record, {role: after[role] - before.get(role, 0.0) for role in after}))
+            after = _cpu_s(child)
+            runs.append(_with_shares(record, {role: after[role] - before[role] for role in after}))
     finally:
         child.stop()
     runs.sort(key=lambda record: float(record["responses_s"]))
@@ -70,6 +70,14 @@ def _start(case: Case, repository: Path, log: Path) -> tuple[Child, str]:
     command = [word for word in server.arguments if not word.startswith(further)]
     command += ["--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"]
     return start_triton(command, log, host_option="--http-address", environment=server.added_environment)
+
+
+def _cpu_s(child: Child) -> dict[str, float]:
+    """Processor time so far by role."""
+    seconds: dict[str, float] = defaultdict(float)
+    for sample in processes.tree(child.process.pid):
+        seconds[sample.life.role] += sample.cpu_s
+    return seconds
 
 
 def _with_shares(record: figures.Record, cpu_s: dict[str, float]) -> figures.Record:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
@@ -83,12 +83,7 @@ class Model:
                 "streaming": True,
             }
         values |= {"ignore_eos": True, "return_num_input_tokens": True, "return_num_output_tokens": True}
-        message = service_pb2.ModelInferRequest(model_name=self.name, id=str(number))
-        message.parameters["triton_enable_empty_final_response"].bool_param = True
-        for name, value in values.items():
-            if name not in self.inputs:
-                raise WireError(f"model {self.name} has no input {name}; it has {', '.join(sorted(self.inputs))}")
-            self._add_input(message, name, value)
+        message = self.message(str(number), values)
         for name in ("text_output", *COUNTERS):  # what every other server is asked for: text, and how much of it
             if name not in self.outputs:
                 raise WireError(f"model {self.name} has no output {name}; it has {', '.join(sorted(self.outputs))}")
@@ -96,11 +91,21 @@ class Model:
         raw: bytes = message.SerializeToString()
         return raw
 
+    def message(self, request_id: str, values: Mapping[str, object]) -> service_pb2.ModelInferRequest:
+        """A request with these tensors, for a stream. Raises WireError if the model lacks one of them."""
+        message = service_pb2.ModelInferRequest(model_name=self.name, id=request_id)
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        for name, value in values.items():
+            if name not in self.inputs:
+                raise WireError(f"model {self.name} has no input {name}; it has {', '.join(sorted(self.inputs))}")
+            self._add_input(message, name, value)
+        return message
+
     def _add_input(self, message: service_pb2.ModelInferRequest, name: str, value: object) -> None:
         datatype, shape = self.inputs[name]
         if datatype == "BYTES":
-            text = str(value).encode()
-            raw, count = struct.pack("<I", len(text)) + text, 1
+            texts = [text.encode() for text in ([value] if isinstance(value, str) else cast(Sequence[str], value))]
+            raw, count = b"".join(struct.pack("<I", len(text)) + text for text in texts), len(texts)
         else:
             array: np.ndarray[Any, np.dtype[Any]] = np.atleast_1d(np.asarray(value, NUMPY_TYPES[datatype]))
             raw, count = array.tobytes(), array.size

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from pageflight.backend.answer import Answer, AnswerForm, Reply
 from pageflight.backend.cancellation import CancellationWatch
@@ -124,6 +126,21 @@ def test_error_of_one_sequence_is_the_streams_error() -> None:
     answer.take(TokenEvent(sequence_index=0, final=True, error=Cancelled("gone"), usage=USAGE, finish_reason="x"))
     response, flags = sender.sent[0]
     assert (response.error.code, response.error.message, flags) == ("CANCELLED", "gone", 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("failing", [(0, 1, 2), (1,), (2,)])
+def test_a_request_has_one_error_however_many_of_its_sequences_failed(failing: tuple[int, ...]) -> None:
+    """A stream of 12 sequences that met a full queue got 12 errors; its client took 11 of them for other requests'."""
+    sender, reply, answer = make(stream=True, num_sequences=3)
+    for index in range(3):
+        error = Cancelled(f"gone {index}") if index in failing else None
+        final = event(index, str(index), final=True)
+        answer.take(replace(final, error=error, finish_reason="cancelled") if error else final)
+    *texts, (last, flags) = sender.sent
+    assert (last.error.message, flags, reply.is_over) == (f"gone {failing[0]}", 1, True)  # type: ignore[attr-defined]
+    assert [sender.tensors(index)["text_output"].tolist() for index in range(len(texts))] == [
+        [str(index).encode()] for index in range(3) if index not in failing
+    ]
 
 
 def test_nothing_is_sent_after_a_failure() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from google.protobuf import json_format
 
-from pageflight.backend.engine import core_spec
+from pageflight.backend.engine import START_TIMEOUT_S, core_spec, supervision
 from pageflight.backend.settings import ModelSettings
 from pageflight.core.config import SchedulerConfig
 from pageflight.core.errors import ConfigError
@@ -98,3 +98,9 @@ def test_a_setting_that_was_edited_wrongly_is_named(repository: Path, name: str,
     with pytest.raises(ConfigError) as caught:
         core_spec(settings(repository, **{name: value}))
     assert words in str(caught.value) and "config.pbtxt of engine" in str(caught.value)
+
+
+def test_a_core_has_as_long_to_start_as_its_server_waits_for_it(repository: Path) -> None:
+    """The server waited half an hour for a large engine, and its supervisor killed the core after ten minutes."""
+    config = supervision(settings(repository, hang_limit_s="77"))
+    assert config.start_timeout_s == START_TIMEOUT_S and config.hang_limit_s == 77

@@ -13,7 +13,7 @@ import pytest
 
 from pageflight.backend import answer, orphans
 from pageflight.backend.answer import Reply
-from pageflight.backend.ledger import Ledger, Page, pages
+from pageflight.backend.ledger import Ledger, Owner, Page, pages
 from pageflight.core.errors import InvalidArgument, StubLost, status_of
 from pageflight.core.wire import END_REQUESTS_OF
 from pageflight.loop.address import stub_folder
@@ -53,10 +53,23 @@ def test_a_request_is_pending_then_open_then_struck_out(ledger: Ledger, page: Pa
     assert slot is not None
     assert (page.num_requests(), page.num_pending(), page.open_requests()) == (1, 1, ())
     ledger.take_over(slot)
-    assert (page.num_pending(), page.open_requests()) == (0, (WORDS,))
-    ledger.strike(slot)
-    assert (page.num_requests(), page.num_pending(), page.open_requests()) == (1, 0, ())
+    assert (page.num_pending(), page.open_requests(), page.num_open()) == (0, (WORDS,), 1)
+    ledger.leave(slot)
+    assert (page.num_requests(), page.num_pending(), page.open_requests(), page.num_open()) == (1, 0, (), 0)
     assert ledger.enter(WORDS) == slot
+
+
+def test_requests_without_a_slot_are_open_as_well(ledger: Ledger, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the last slot, or from a sender that is not known, a request was counted once and not as open: whoever
+    drained the server took it for idle."""
+    monkeypatch.setattr("pageflight.backend.ledger._MAX_OPEN", 1)
+    slots = [ledger.enter(WORDS), ledger.enter(WORDS), ledger.enter(None)]
+    assert slots == [0, None, None] and page.num_open() == 3
+    with ledger.counting(2):
+        assert page.num_open() == 5
+    for slot in slots:
+        ledger.leave(slot)
+    assert page.num_open() == 0 and ledger.enter(WORDS) == 0
 
 
 @pytest.mark.parametrize(("are_open", "left"), [(True, (WORDS, (16, 32))), (False, (WORDS,))])
@@ -68,7 +81,7 @@ def test_pending_requests_are_decided_and_open_ones_stay(
     ledger.take_over(slot)
     ledger.enter((16, 32))
     page.decide(are_open=are_open)
-    assert (page.num_pending(), page.open_requests()) == (0, left)
+    assert (page.num_pending(), page.open_requests(), page.num_open()) == (0, left, len(left))
 
 
 def test_a_closed_ledger_is_gone(folder: Path) -> None:
@@ -130,18 +143,38 @@ def test_a_reply_that_ends_first_is_struck_out_before(
 def test_senders_that_are_not_triton_s_are_counted_only(ledger: Ledger, page: Page) -> None:
     reply = Reply(Sender(page))  # type: ignore[arg-type]
     reply.keep_in(ledger, Request())  # type: ignore[arg-type]
-    assert (page.num_requests(), page.num_pending()) == (1, 0)
+    assert (page.num_requests(), page.num_pending(), page.num_open()) == (1, 0, 1)
     reply.end_empty()
+    assert page.num_open() == 0
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(os.getpid(), "alive"), (1, "no such stub"), ("1", "no such stub"), (True, "no such stub")]
-)
-def test_only_requests_of_dead_stubs_are_ended(page: Page, value: object, said: str) -> None:
-    """Anybody can send the parameter."""
-    with pytest.raises(InvalidArgument, match=said):
-        orphans.end_orphans({END_REQUESTS_OF: value}, object())  # type: ignore[arg-type]
+@pytest.mark.parametrize("value", [os.getpid(), str(os.getpid()), "", True, None, "0" * 64, "\udc80"])
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_nobody_without_the_secret_ends_requests(
+    page: Page, value: object, is_alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every client can send the parameter, and the number of a process that has just died can be guessed. What the
+    watchdog then ended a second time could bring the server down."""
+    monkeypatch.setattr(Owner, "is_alive", is_alive)
+    with pytest.raises(InvalidArgument, match="no such stub") as refused:
+        orphans.end_orphans({END_REQUESTS_OF: value}, object(), [])  # type: ignore[arg-type]
+    assert page.path.exists() and page.owner.secret not in str(refused.value)
+
+
+def test_requests_of_a_living_stub_are_its_own(page: Page) -> None:
+    with pytest.raises(InvalidArgument, match="alive"):
+        orphans.end_orphans({END_REQUESTS_OF: page.owner.secret}, object(), [])  # type: ignore[arg-type]
     assert page.path.exists()
+
+
+def test_secrets_differ_and_lie_where_only_their_user_reads(page: Page, folder: Path) -> None:
+    settings: Any = SimpleNamespace(name="demo", instance=0, server_pid=os.getppid())
+    page.path.rename(page.path.with_suffix(".first"))
+    other = Ledger(settings, "front")
+    (found,) = pages(folder)
+    other.close()
+    assert len(found.owner.secret) == 64 and found.owner.secret != page.owner.secret
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lost_stub_tells_the_client_to_try_again() -> None:

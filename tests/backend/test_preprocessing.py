@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,16 @@ from pageflight.backend.inputs import word_list
 from pageflight.backend.preprocessing import TritonPythonModel
 
 
+class NoLedger:
+    """Of a stub without a server."""
+
+    def counting(self, num_requests: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def ask(builder: GenerationBuilder, **tensors: Any) -> Any:
     model = TritonPythonModel()
-    model._builder = builder
+    model._builder, model._ledger = builder, NoLedger()  # type: ignore[assignment]
     arrays = {name: np.array(value) for name, value in {"QUERY": [[b"the fox"]], **tensors}.items()}
     request = SimpleNamespace(
         inputs=lambda: [Tensor(name, array) for name, array in arrays.items()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,9 +14,14 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 
+from pageflight.backend.ledger import Ledger
+from pageflight.cli import console, draining, shared_memory
 from pageflight.cli.client import Server
 from pageflight.cli.errors import ServerError, ServerStartError
 from pageflight.cli.generate import print_answers
@@ -24,6 +30,7 @@ from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_process import Ports, ServerProcess
 from pageflight.cli.tritonserver import ServerCommand
 from pageflight.cli.up import how_to_ask
+from pageflight.loop.address import stub_folder
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -174,12 +181,118 @@ def test_the_server_is_drained_not_killed(fake: Path, tmp_path: Path) -> None:
     assert note.read_text() == "SIGTERM drained " and "draining" in told[0]
 
 
+def test_a_server_that_takes_its_time_gets_the_rest_of_it(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds after SIGTERM it was killed, whatever --exit-timeout-secs said."""
+    process = start(fake, "drains", free_ports(), tmp_path / "note")
+    process.wait_ready(lambda text: None)
+    monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.01)
+    assert process.drain(30, lambda text: None) == 0
+    assert process.num_cut_off == 0
+
+
+def test_a_server_is_drained_until_its_stubs_have_nothing_open(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gauge that is published now and then was asked: what had just begun was not on it, and where nobody told the
+    server counted as idle."""
+    process, note = start(fake, "drains", free_ports(), tmp_path / "note"), tmp_path / "note"
+    process.wait_ready(lambda text: None)
+    answers: list[int | None] = [3, None, 1, 0]
+    seen: list[str] = []
+
+    def num_open(server_pid: int) -> int | None:
+        seen.append("ended" if note.exists() else "open")
+        return answers.pop(0)
+
+    monkeypatch.setattr(draining, "num_open", num_open)
+    assert process.drain(60, lambda text: None, before_end=lambda: seen.append("before end")) == 0
+    assert seen == ["open"] * 4 + ["before end"] and answers == []
+
+
+def test_what_was_cut_off_is_counted(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` ended with status 0 whatever it had cut off."""
+    process = start(fake, "hangs", free_ports(), tmp_path / "note")
+    process.wait_ready(lambda text: None)
+    monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.1)
+    monkeypatch.setattr(draining, "num_open", lambda server_pid: 2)
+    told: list[str] = []
+    assert process.drain(0.2, told.append) == -signal.SIGKILL
+    assert process.num_cut_off == 2 and told[-1] == "stopping at once: 2 open requests are cut off"
+
+
+def test_serve_ends_with_status_1_when_it_cut_requests_off(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = free_ports()
+    arguments = (sys.executable, str(fake), "hangs", str(ports.http), str(tmp_path / "note"))
+    command = ServerCommand(arguments=arguments, environment=dict(os.environ), added_environment={})
+    flags = ServerFlags(host=ports.host, http_port=ports.http, grpc_port=ports.grpc, metrics_port=ports.metrics)
+    monkeypatch.setattr(draining, "num_open", lambda server_pid: 2)
+    monkeypatch.setattr(draining, "wait_until_idle", interrupted)
+    with pytest.raises(typer.Exit) as ended, running_server(command, flags):
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 1
+
+
+@pytest.mark.parametrize("failure", [BrokenPipeError(), SystemExit(1)])
+def test_a_terminal_that_has_gone_ends_no_server(failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word about draining raised, and every stream was cut off."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(console.console, "print", fail)
+    console.tell("draining")
+
+
+def interrupted(server_pid: int, timeout_s: float, has_ended: object) -> None:
+    """A second Ctrl-C while the server drains."""
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def own_ledger() -> Iterator[Ledger]:
+    """This process as a server with one stub, itself."""
+    settings: Any = SimpleNamespace(name="demo", instance=0, server_pid=os.getpid())
+    ledger = Ledger(settings, "front")
+    yield ledger
+    ledger.close()
+    shutil.rmtree(stub_folder(os.getpid()), ignore_errors=True)
+
+
+def test_open_requests_are_counted_by_their_stubs(own_ledger: Ledger) -> None:
+    assert draining.num_open(os.getpid()) == 0
+    slot = own_ledger.enter((16, 32))
+    assert draining.num_open(os.getpid()) == 1
+    own_ledger.enter(None)
+    assert draining.num_open(os.getpid()) == 2
+    own_ledger.leave(slot)
+    own_ledger.leave(None)
+    assert draining.num_open(os.getpid()) == 0
+
+
+def test_unknown_is_not_idle(own_ledger: Ledger) -> None:
+    """Nobody told how much was open, which counted as nothing."""
+    stranger = stub_folder(os.getpid()) / "1"
+    stranger.write_bytes(b"of another version")
+    assert draining.num_open(os.getpid()) is None
+    stranger.unlink()
+    assert draining.num_open(os.getpid()) == 0
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        own_ledger.close()
+        assert draining.num_open(os.getpid()) is None
+        child.communicate()
+    assert draining.num_open(2**22 + 1) == 0, "a server without stubs"
+
+
 def test_a_server_that_does_not_end_is_ended(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hanging server kept its port until the machine was restarted."""
     process = start(fake, "hangs", free_ports(), tmp_path / "note")
     process.wait_ready(lambda text: None)
     monkeypatch.setattr("pageflight.cli.server_process._UNLOAD_S", 0.5)
-    assert process.drain(5, lambda text: None) == -signal.SIGKILL
+    assert process.drain(0.5, lambda text: None) == -signal.SIGKILL
 
 
 def test_a_server_is_not_waited_for_without_hope(fake: Path, tmp_path: Path) -> None:
@@ -187,6 +300,22 @@ def test_a_server_is_not_waited_for_without_hope(fake: Path, tmp_path: Path) -> 
     process = start(fake, "hangs", free_ports(), tmp_path / "note")
     process.wait_ready(lambda text: None)
     assert process.drain(1e6, lambda text: None, is_hopeless=lambda: True) == -signal.SIGKILL
+
+
+def test_shared_memory_of_a_killed_server_is_removed_and_nobody_else_s(tmp_path: Path) -> None:
+    """Each server that was killed left one segment for every process in /dev/shm, until the machine was restarted."""
+    ours, others = "triton_python_backend_shm_region_1f-2a", "triton_python_backend_shm_region_3b-4c"
+    for name in (ours, others, "something"):
+        (tmp_path / name).touch()
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "maps").write_text(
+        f"7f00-7f01 rw-s 00000000 00:1b 86   /dev/shm/{ours}\n7f02-7f03 rw-s 00000000 00:1b 87   /dev/shm/something\n"
+    )
+    found = shared_memory.segments_of(7, proc=tmp_path)
+    assert found == {ours} and shared_memory.segments_of(8, proc=tmp_path) == frozenset()
+    shared_memory.remove(found, folder=tmp_path)
+    shared_memory.remove(found, folder=tmp_path)
+    assert not (tmp_path / ours).exists() and (tmp_path / others).exists() and (tmp_path / "something").exists()
 
 
 def test_the_server_does_not_outlive_its_starter(fake: Path, tmp_path: Path) -> None:

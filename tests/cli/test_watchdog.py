@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
-from pageflight.backend.ledger import Page
+from pageflight.backend.ledger import Page, pages
 from pageflight.cli.dead_stub import SettlePatience
 from pageflight.cli.errors import ServerError
 from pageflight.cli.server_flags import ServerFlags
@@ -21,7 +22,8 @@ from pageflight.cli.server_guard import ServerGuard
 from pageflight.cli.tritonserver import ServerCommand
 from pageflight.cli.watchdog import Patience, Watchdog
 from pageflight.core.wire import END_REQUESTS_OF
-from pageflight.loop.address import stub_folder
+from pageflight.loop.address import process_start, stub_folder
+from pageflight.loop.clock import ManualClock
 
 STUB = """
 import os, sys, threading
@@ -29,12 +31,12 @@ from types import SimpleNamespace
 from pageflight.backend.ledger import Ledger
 model, kind, instance, opened, pending = sys.argv[1:]
 ledger = Ledger(SimpleNamespace(name=model, instance=int(instance), server_pid=os.getppid()), kind)
-for number in range(int(opened) + int(pending)):
-    slot = ledger.enter((16 * number + 16, 16 * number + 4096))
-    if number < int(opened):
-        ledger.take_over(slot)
+slots = [ledger.enter((16 * number + 16, 16 * number + 4096)) for number in range(int(opened) + int(pending))]
+for slot in slots[: int(opened)]:
+    ledger.take_over(slot)
 print("up", flush=True)
-sys.stdin.readline()
+while sys.stdin.readline() == "answer\\n":
+    ledger.leave(slots.pop())
 ledger.close()
 """
 
@@ -44,6 +46,10 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until_s
         time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    return process_start(pid) is not None
 
 
 @dataclass
@@ -80,11 +86,14 @@ class Orders:
     """A server that writes down what it is asked for."""
 
     on_load: Callable[[str], object] = lambda model: None
+    on_unload: Callable[[str], object] = lambda model: None
     num_handed_over: int = 0
+    gives_up: bool = False
     taken: list[str] = field(default_factory=list)
 
     def unload(self, model: str) -> None:
         self.taken.append(f"unload {model}")
+        self.on_unload(model)
 
     def load(self, model: str) -> None:
         self.taken.append(f"load {model}")
@@ -93,13 +102,13 @@ class Orders:
     def num_successes(self, model: str) -> int:
         return self.num_handed_over
 
-    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, int]) -> None:
-        path = stub_folder(os.getpid()) / str(parameters[END_REQUESTS_OF])
-        page = Page.of(path)
-        if page is None:
-            raise ServerError("no such stub")
-        self.taken.append(f"{model} ends {len(page.open_requests())}")
-        path.unlink()
+    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, str]) -> None:
+        for page in pages(stub_folder(os.getpid())):
+            if page.owner.secret == parameters[END_REQUESTS_OF]:
+                self.taken.append(f"{model} ends {len(page.open_requests())}")
+                page.path.rename(page.given_up) if self.gives_up else page.path.unlink()
+                return
+        raise ServerError("no such stub")
 
 
 @dataclass
@@ -142,7 +151,82 @@ def test_a_dead_stub_s_requests_are_ended_and_its_model_is_loaded_again(stubs: S
     eventually(lambda: watched.has_told("demo is back"))
     eventually(lambda: "preprocessing ends 3" in orders.taken)
     assert [order for order in orders.taken if "load" in order] == ["unload demo", "load demo"]
-    assert watched.has_told(f"demo instance 0 (process {victim.pid}) died of SIGKILL with 3 open requests; deaths=1")
+    assert watched.has_told(f"demo instance 0 (process {victim.pid}) died of SIGKILL with 3 open requests; noticed")
+    assert watched.has_told("; deaths=1")
+
+
+def test_a_death_is_noticed_with_the_next_look(stubs: Stubs) -> None:
+    """Two seconds are promised; nothing said how long it takes, and tests waited for thirty."""
+    patience, clock = Patience(), ManualClock(100.0)
+    watchdog = Watchdog(os.getpid(), Orders(), lambda text: None, can_reload=False, patience=patience, clock=clock)
+    victims = [stubs.start("demo"), stubs.start("engine")]
+    for victim in victims:
+        watchdog.look()
+        alive_s = clock()
+        victim.kill()
+        eventually(lambda victim=victim: not is_alive(victim.pid))  # type: ignore[misc]
+        clock.advance(patience.look_s)
+        watchdog.look()
+        death = watchdog.deaths[-1]
+        assert (death.page.owner.stub_pid, death.alive_s, death.noticed_s) == (victim.pid, alive_s, clock())
+    watchdog.stop()
+    assert len(watchdog.deaths) == 2
+    # What a look costs is some milliseconds; the rest is left for a machine that has other things to do.
+    assert all(death.noticed_s - death.alive_s == patience.look_s < 0.5 for death in watchdog.deaths)
+
+
+def test_a_server_that_does_not_answer_delays_no_look(stubs: Stubs) -> None:
+    """Orders take as long as they take; who waits for them is not who looks."""
+    released, told = threading.Event(), list[str]()
+    orders = Orders(on_unload=lambda model: released.wait(20))
+    watchdog = Watchdog(os.getpid(), orders, told.append, clock=ManualClock())
+    for model in ("demo", "engine"):
+        victim = stubs.start(model)
+        watchdog.look()
+        victim.kill()
+        eventually(lambda victim=victim: not is_alive(victim.pid))  # type: ignore[misc]
+        watchdog.look()
+        eventually(lambda model=model: f"unload {model}" in orders.taken)  # type: ignore[misc]
+    assert not released.is_set() and watchdog.num_deaths == 2
+    watchdog.stop()
+    released.set()
+
+
+def test_a_draining_server_s_dead_stubs_are_not_loaded_but_their_requests_end(stubs: Stubs, watch: Watch) -> None:
+    """The watchdog was stopped first: clients of a stub that died during the drain heard "Socket closed" at the end."""
+    orders = Orders()
+    stubs.start("preprocessing", "preprocessing")
+    victim = stubs.start("demo", opened=2)
+    watched = watch(orders)
+    watched.watchdog.stop_reloads()
+    victim.kill()
+    eventually(lambda: "preprocessing ends 2" in orders.taken)
+    eventually(lambda: watched.has_told("demo is not loaded again: the server ends"))
+    assert orders.taken == ["preprocessing ends 2"]
+
+
+def test_a_reload_that_waits_is_given_up_when_the_server_drains(stubs: Stubs, watch: Watch) -> None:
+    orders = Orders(on_load=lambda model: stubs.start(model).kill())
+    victim = stubs.start("demo")
+    watched = watch(orders, backoff_s=60.0)
+    victim.kill()
+    eventually(lambda: orders.taken == ["unload demo", "load demo", "unload demo"])
+    watched.watchdog.stop_reloads()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "watchdog-_bring_back"])
+    assert len(orders.taken) == 3
+
+
+def test_requests_that_cannot_be_ended_are_told_and_not_waited_for(stubs: Stubs, watch: Watch) -> None:
+    """A stub that found Triton's memory other than it knows removed the ledger, and nobody heard of the requests."""
+    orders = Orders(gives_up=True)
+    stubs.start("preprocessing", "preprocessing")
+    victim = stubs.start("demo", opened=2)
+    page = stubs.page(victim)
+    watched = watch(orders)
+    victim.kill()
+    eventually(lambda: watched.has_told("cannot be ended and wait for ever: the server's log has the reason"))
+    assert page is not None
+    eventually(lambda: not page.given_up.exists())
 
 
 def test_a_stub_that_ends_as_it_should_is_no_death(stubs: Stubs, watch: Watch) -> None:
@@ -178,6 +262,7 @@ def test_requests_that_no_count_explains_are_told_and_left(stubs: Stubs, watch: 
     victim.kill()
     eventually(lambda: watched.has_told("leaves 1 requests of unknown state"))
     eventually(lambda: "load demo" in orders.taken)
+    assert not watched.has_told("cannot be ended")
     assert not any("ends" in order for order in orders.taken)
 
 
@@ -189,6 +274,30 @@ def test_two_stubs_of_a_model_that_die_together_are_one_reload(stubs: Stubs, wat
         victim.kill()
     eventually(lambda: watched.watchdog.num_deaths == 2 and watched.has_told("demo is back"))
     assert orders.taken == ["unload demo", "load demo"]
+
+
+@pytest.mark.parametrize("opened", [0, 1])
+def test_siblings_that_tritonserver_forgot_are_ended_when_they_have_nothing_to_do(
+    stubs: Stubs, watch: Watch, opened: int
+) -> None:
+    """A model with a stub that died in the middle of an exchange was never unloaded; its healthy stub stayed beside the
+    new ones, 50 MB for each death."""
+    sibling, victim = stubs.start("demo", opened=opened), stubs.start("demo", instance=1)
+    page, fresh = stubs.page(sibling), []
+    watched = watch(Orders(on_load=lambda model: fresh.append(stubs.start(model))), unload_s=0.2)
+    victim.kill()
+    assert page is not None
+    if opened:
+        eventually(lambda: watched.has_told("demo is back"))
+        time.sleep(0.5)
+        assert sibling.poll() is None and not watched.has_told("it is ended")
+        assert sibling.stdin is not None
+        sibling.stdin.write("answer\n")
+        sibling.stdin.flush()
+    eventually(lambda: sibling.poll() == -signal.SIGKILL)
+    eventually(lambda: not page.path.exists())
+    assert watched.has_told("was replaced and has nothing to do; it is ended")
+    assert watched.watchdog.num_deaths == 1 and fresh[0].poll() is None
 
 
 def test_a_model_that_dies_again_and_again_is_left_unloaded(stubs: Stubs, watch: Watch) -> None:

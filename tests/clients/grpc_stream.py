@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,8 +56,10 @@ def open_stream(address: str) -> Iterator[tuple[triton.InferenceServerClient, qu
         client.close()
 
 
-def stream(address: str, model: str, inputs: list[triton.InferInput], **request: Any) -> Stream:
-    """Send one request and collect its responses up to the final one."""
+def stream(
+    address: str, model: str, inputs: list[triton.InferInput], begun: threading.Event | None = None, **request: Any
+) -> Stream:
+    """Send one request and collect its responses up to the final one; `begun` is set with the first."""
     collected = Stream()
     with open_stream(address) as (client, answers):
         client.async_stream_infer(model, inputs, enable_empty_final_response=True, **request)
@@ -66,6 +69,8 @@ def stream(address: str, model: str, inputs: list[triton.InferInput], **request:
                 collected.errors.append(error)
                 return collected
             response = result.get_response()
+            if begun is not None:
+                begun.set()
             if response.outputs:
                 collected.results.append(result)
             if response.parameters["triton_final_response"].bool_param:

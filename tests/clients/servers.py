@@ -12,8 +12,10 @@ from pathlib import Path
 
 import requests
 
+from pageflight.cli.errors import ServerCrash
+from pageflight.cli.serve import STARTS
 from pageflight.cli.server_process import Ports, ServerProcess
-from pageflight.cli.tritonserver import server_command
+from pageflight.cli.tritonserver import ServerCommand, server_command
 from pageflight.loop.watch import Watch
 
 
@@ -81,14 +83,29 @@ def running_server(
         exit_timeout_s=exit_timeout_s,
         further=further,
     ).with_environment((watch or Watch()).to_environment())
-    process = ServerProcess(command.arguments, command.environment, ports, verbose=False)
+    process = _started(command, ports)
     try:
-        process.wait_ready(lambda text: None)
         yield Server(name=name, vocab_size=vocab_size, ports=ports, process=process)
         process.drain(10.0, lambda text: None)
     finally:
         process.kill()
         process.wait()
+
+
+def _started(command: ServerCommand, ports: Ports) -> ServerProcess:
+    """A ready server; tried again, as `pageflight serve` does, when Triton loses the race for its shared memory."""
+    for attempt in range(1, STARTS + 1):
+        process = ServerProcess(command.arguments, command.environment, ports, verbose=False)
+        try:
+            process.wait_ready(lambda text: None)
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            if attempt == STARTS or not isinstance(error, ServerCrash):
+                raise
+        else:
+            return process
+    raise AssertionError("the last attempt returns or raises")
 
 
 def free_ports() -> Ports:

@@ -23,6 +23,7 @@ NAME = "tiny"
 NUM_STREAMS = 64  # on 32 rows: half of them wait
 NUM_KILLS = 20
 NUM_TOKENS = 160
+OUTPUTS = ("sequence_index", "sequence_length", "output_ids", "text_output", "output_log_probs", "finish_reason")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,10 @@ def mortal_server(repository: tuple[Path, int]) -> Iterator[Server]:
 class Answer:
     """What one client has got: pieces of text and of ids, in their order."""
 
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    reason: str = ""
+    text: dict[int, str] = field(default_factory=dict)  # by sequence, as are the others
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    log_probs: dict[int, list[float]] = field(default_factory=dict, compare=False)
+    reasons: dict[int, str] = field(default_factory=dict)
     num_final: int = 0
 
 
@@ -74,22 +76,30 @@ class Client:
         answer = self.answers[int(response.id)]
         assert not answer.num_final, "something came after the final response"
         if response.outputs:
-            length = int(result.as_numpy("sequence_length").ravel()[0])
-            answer.ids += result.as_numpy("output_ids").ravel()[:length].tolist()
-            answer.text += result.as_numpy("text_output").ravel()[0].decode()
-            self.num_ids += length
-            reason = result.as_numpy("finish_reason")
-            answer.reason += "" if reason is None else reason.ravel()[0].decode()
+            index, length, ids, text, log_probs, reason = (result.as_numpy(name) for name in OUTPUTS)
+            number = 0 if index is None else int(index.ravel()[0])
+            answer.ids.setdefault(number, []).extend(ids.ravel()[: length.ravel()[0]].tolist())
+            answer.text[number] = answer.text.get(number, "") + text.ravel()[0].decode()
+            answer.log_probs.setdefault(number, []).extend([] if log_probs is None else log_probs.ravel().tolist())
+            answer.reasons[number] = answer.reasons.get(number, "") + (
+                "" if reason is None else reason.ravel()[0].decode()
+            )
+            self.num_ids += int(length.ravel()[0])
         answer.num_final += response.parameters["triton_final_response"].bool_param
 
 
 def inputs(number: int) -> list[triton.InferInput]:
-    """Prompts of different lengths, greedy and sampled, some with a stop word; the longest go through all kills."""
+    """Prompts of different lengths, greedy and sampled; some with stop words, log probabilities or two answers. The
+    longest go through all kills."""
     chance = random.Random(number)
     prompt = [chance.randrange(5, 300) for _ in range(4 + 3 * (number % 11))]
+    num_answers = 2 if number % 8 == 5 else 1
+    length = (NUM_TOKENS - 2 * (number % 7)) // num_answers
     wishes: list[tuple[str, object, str]] = [
         ("input_ids", prompt, "INT32"),
-        ("request_output_len", [NUM_TOKENS - 2 * (number % 7)], "INT32"),
+        ("request_output_len", [length], "INT32"),
+        ("num_return_sequences", [num_answers], "INT32"),
+        ("return_log_probs", [number % 3 == 0], "BOOL"),
         ("streaming", [True], "BOOL"),
         ("ignore_eos", [True], "BOOL"),
         ("return_finish_reason", [True], "BOOL"),
@@ -97,6 +107,9 @@ def inputs(number: int) -> list[triton.InferInput]:
         ("temperature", [float(number % 2)], "FP32"),
         ("repetition_penalty", [1.1 if number % 4 == 3 else 1.0], "FP32"),
     ]
+    if number % 4 == 2 or number % 8 == 5:
+        words = [chance.randrange(5, 300) for _ in range(4)]
+        wishes += [("stop_words_list", [words, [1, 2, 3, 4]], "INT32"), ("min_tokens", [length // 2], "INT32")]
     return [tensor(name, value, dtype, batched=True) for name, value, dtype in wishes]
 
 
@@ -134,4 +147,13 @@ def test_twenty_kills_change_no_character(mortal_server: Server, repository: tup
     assert counted(mortal_server, "pageflight_poison_requests_total") == 0
     for before, after in zip(calm.answers, shaken.answers, strict=True):
         assert after == before
-        assert after.reason == "length" and after.num_final == 1
+        assert after.num_final == 1
+        for (
+            index,
+            expected,
+        ) in before.log_probs.items():  # of an answer computed as a prompt, whose sums round otherwise
+            assert after.log_probs[index] == pytest.approx(expected, abs=1e-4)
+    reasons = [reason for answer in shaken.answers for reason in answer.reasons.values()]
+    assert set(reasons) == {"length", "stop"} and min(map(reasons.count, set(reasons))) > 4, "no stop word was met"
+    assert sum(len(answer.ids) for answer in shaken.answers) == NUM_STREAMS + NUM_STREAMS // 8
+    assert sum(any(answer.log_probs.values()) for answer in shaken.answers) == -(-NUM_STREAMS // 3)

@@ -91,7 +91,7 @@ def play(pair: Sequence[Feature], stack: Stack, prompts: Prompts, reference: Ref
 
 def _ask_in_scene(stack: Stack, prompt: tuple[int, ...], options: dict[str, Any], scenes: frozenset[str]) -> Sender:
     """Send the request; what has to happen does so at the same step of the core each time."""
-    core, sent_s, sender = stack.core, time.monotonic(), None
+    core, asked_s, sender = stack.core, 0.0, None
     act_at = core.runner.num_steps + ACT_AT
 
     def before_step(number: int) -> None:
@@ -102,15 +102,16 @@ def _ask_in_scene(stack: Stack, prompt: tuple[int, ...], options: dict[str, Any]
             sender.was_asked.wait(1.0)
             time.sleep(0.003)  # the cancellation is on its way
         if "deadline" in scenes:
-            time.sleep(max(0.0, sent_s + DEADLINE_MS / 1000 + 0.002 - time.monotonic()))
+            time.sleep(max(0.0, asked_s + DEADLINE_MS / 1000 + 0.002 - time.monotonic()))
         if "death" in scenes and number > act_at:
             raise CoreDied
 
     core.runner.before_step = before_step if scenes & {"cancel", "deadline", "death"} else lambda number: None
-    sender = stack.ask(prompt, options, _outputs(options))
+    asking = stack.ask(prompt, options, _outputs(options))
+    asked_s, sender = time.monotonic(), asking  # not before the front has it: its clock starts then
     if "death" in scenes:
         stack.begin_another_core()
-    return sender
+    return asking
 
 
 def _outputs(options: Mapping[str, Any]) -> frozenset[str]:

@@ -118,6 +118,9 @@ class FrontMachine(Counted):
             number = self.front.submit(generation, sink)
         except InvalidArgument:
             return
+        except QueueFull:
+            assert self.mailbox is None or not self.front.is_ready, "a core that answers keeps its own limits"
+            return
         self.asked.append(Asked(generation, sink, number))
 
     @precondition(lambda self: self.asked)
@@ -183,7 +186,10 @@ class FrontMachine(Counted):
             if final.error is not None:
                 is_late = one.generation.timeout_ms is not None and isinstance(final.error, DeadlineExceeded)
                 is_unwanted = one.is_cancelled and isinstance(final.error, Cancelled)
-                assert is_late or is_unwanted or isinstance(final.error, QueueFull | InvalidArgument), final.error
+                is_refused = isinstance(final.error, QueueFull | InvalidArgument)
+                assert is_late or is_unwanted or is_refused, final.error
+                is_accepted = one.sink.ids(index) or one.number + index in self.line.confirmed
+                assert not (is_refused and is_accepted), f"accepted, taken over and then refused: {final.error}"
                 continue
             ids, text, reason = expected_answer(one.generation, index)
             assert (list(one.sink.ids(index)), one.sink.text(index)) == (ids, text)

@@ -22,6 +22,8 @@ class Line:
 
     def __init__(self) -> None:
         self.commands: deque[FromFront] = deque()
+        self.confirmed: set[int] = set()
+        """Handles of which the front was told that a core had accepted them."""
         self._changed = threading.Condition()
         self._inbox: list[FromCore | Disconnected] = []
         self._is_woken = self._is_waiting = self._is_closed = False
@@ -77,18 +79,24 @@ class LineMailbox:
 
     def __post_init__(self) -> None:
         self.wire: deque[FromCore] = deque()
+        self._taken: list[range] = []  # handles of each request in order
+        self._refused: set[int] = set()
 
     @property
     def has_commands(self) -> bool:
         return bool(self.line.commands)
 
     def receive(self, timeout_s: float | None) -> list[engine_loop.Command]:
+        if self.line.commands:
+            self._say(frames.Beat(self.epoch, len(self._taken)))  # now and then, in truth
         commands: list[engine_loop.Command] = []
         while self.line.commands:
             message = self.line.commands.popleft()
             if isinstance(message, frames.Connect) or message.epoch != self.epoch:
                 continue  # meant for a core that is no more
             if isinstance(message, frames.Submit):
+                first = message.request.handle
+                self._taken.append(range(first, first + message.request.sampling.n))
                 commands.append(engine_loop.Submit(message.request))
             elif isinstance(message, frames.Cancel):
                 commands += [engine_loop.Cancel(handle, message.by_client) for handle in message.handles]
@@ -100,11 +108,17 @@ class LineMailbox:
         self._say(frames.StepFrame(self.epoch, events.step, handles, ids, log_probs, list(events.finished)))
 
     def reject(self, handle: int, error: PageflightError) -> None:
+        self._refused.add(handle)
         self._say(frames.Rejected(self.epoch, handle, *frames.error_to_wire(error)))
 
     def deliver(self, count: int) -> None:
         """The next `count` frames reach the front, each by itself or with the next: it must not matter."""
-        self.line.deliver(*[self.wire.popleft() for _ in range(min(count, len(self.wire)))])
+        messages = [self.wire.popleft() for _ in range(min(count, len(self.wire)))]
+        for message in messages:
+            if isinstance(message, frames.Beat):
+                accepted = [handles for handles in self._taken[: message.num_taken] if handles[0] not in self._refused]
+                self.line.confirmed.update(handle for handles in accepted for handle in handles)
+        self.line.deliver(*messages)
 
     def _say(self, frame: FromCore) -> None:
         self.wire.append(decode_from_core(encode(frame)))

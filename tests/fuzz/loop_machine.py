@@ -18,6 +18,7 @@ from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.fake import FakeRunner, fake_continuation
 from pageflight.sched.scheduler import Scheduler
+from pageflight.sched.trials import TRIAL_TOKENS
 
 VOCAB_SIZE = 11
 KV_FIELDS = KVConfig.__dataclass_fields__
@@ -65,6 +66,7 @@ class LoopMachine(Counted):
         self.output_ids: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
         self.is_refused: set[int] = set()
+        self.is_accepted: set[int] = set()
         self.next_handle = 0
         self.begin_core()
 
@@ -117,9 +119,11 @@ class LoopMachine(Counted):
             if self.scheduler.has_work or self.mailbox.has_commands:
                 self.loop.step()
         self.hear()
+        if not self.mailbox.has_commands:
+            self.is_accepted = self.requests.keys() - self.is_refused
 
-    @rule(is_suspect=st.booleans())
-    def die(self, is_suspect: bool) -> None:
+    @rule(trial_tokens=st.sampled_from([0, TRIAL_TOKENS, 7]))
+    def die(self, trial_tokens: int) -> None:
         """What was not published is lost; the next core takes over from what was, as a front would ask it to."""
         self.hear()
         self.begin_core()
@@ -141,8 +145,8 @@ class LoopMachine(Counted):
                 tenant=request.tenant,
                 sequence_index=handle - request.handle,
                 output_ids=tuple(self.output_ids[handle]),
-                is_suspect=is_suspect,
-                is_taken_over=True,
+                trial_tokens=trial_tokens,
+                is_taken_over=handle in self.is_accepted,
             )
             self.mailbox.send(Submit(again))
 
@@ -153,6 +157,7 @@ class LoopMachine(Counted):
             alone = handle != first.handle or self.output_ids[handle]
             for index in range(1 if alone else first.sampling.n):
                 assert handle + index not in self.reasons
+                assert handle + index not in self.is_accepted, "accepted, taken over and then refused"
                 self.is_refused.add(handle + index)
         for events in self.mailbox.take_events():
             for handle, token in zip(events.handles.tolist(), events.ids.tolist(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 from front_harness import CONFIG, Collector, NumberText, Recorder, eventually, generation, run
 
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import PoisonRequest
+from pageflight.core.errors import EngineLost, PoisonRequest
+from pageflight.loop import local
 from pageflight.loop.core_process import CoreSpec, FakeEngine
-from pageflight.loop.deaths import GUILTY_AT, Death
+from pageflight.loop.deaths import FORGIVEN_AFTER, GUILTY_AT, Death, Suspicion
 from pageflight.loop.front import Front, Generation
 from pageflight.loop.local import start_core
 from pageflight.loop.open_sequence import OpenSequence
@@ -141,9 +143,9 @@ def test_who_only_waits_is_never_suspected() -> None:
     wishes[0] = generation((POISON, 7), max_tokens=20)
     with core(Fault(token_id=POISON, kind="exit"), config=NARROW) as (front, recorder):
         sinks = submit_all(front, wishes)
-        waiting = list(front._open.values())[2:]
+        waiting = list(front._book.open.values())[2:]
         sinks[0].wait()
-        assert [sequence.points for sequence in waiting] == [0] * len(waiting)
+        assert [sequence.suspicion.points for sequence in waiting] == [0] * len(waiting)
         verify(wishes, sinks, guilty=[0])
         assert deaths(recorder) == 3
 
@@ -153,12 +155,12 @@ def test_a_poison_in_the_queue_harms_nobody_before_its_turn() -> None:
     wishes = [*many(2, max_tokens=300), generation((POISON, 7), max_tokens=5, priority=-1)]
     with core(Fault(token_id=POISON, kind="exit"), config=NARROW, step_s=0.004) as (front, recorder):
         sinks = submit_all(front, wishes)
-        poison = list(front._open.values())[2]
+        poison = list(front._book.open.values())[2]
         for kills in range(3):
             sinks[0].wait(lambda least=60 * kills + 20: sinks[0].num_ids >= least)
             kill_core(front)
             eventually(lambda least=kills: deaths(recorder) > least, "another core takes over")
-            assert poison.points == 0
+            assert poison.suspicion.points == 0
         verify(wishes, sinks, guilty=[2])
         assert deaths(recorder) == 6
 
@@ -196,15 +198,107 @@ def test_points_are_forgotten_with_the_next_token() -> None:
     with core(step_s=0.004) as (front, recorder):
         sink = Collector()
         front.submit(wanted, sink)
-        (sequence,) = front._open.values()
+        (sequence,) = front._book.open.values()
         for kills in range(GUILTY_AT + 1):
             reached = sink.num_ids + 5
             sink.wait(lambda least=reached: sink.num_ids >= least)
-            assert isinstance(sequence, OpenSequence) and sequence.points <= 1
+            assert isinstance(sequence, OpenSequence) and sequence.suspicion.points <= 1
             kill_core(front)
             eventually(lambda least=kills: deaths(recorder) > least, "another core takes over")
         verify([wanted], [sink])
         assert len(run(front, generation()).ids()) == 30
+
+
+@contextmanager
+def patched_core(patch: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Front, Recorder]]:
+    """Cores whose fake runner was changed by `patch`."""
+    code = "import os, sys\nfrom pageflight.loop.core_process import main\nfrom pageflight.runners import fake\n"
+    command = local.core_command
+    monkeypatch.setattr(
+        local,
+        "core_command",
+        lambda *given: [sys.executable, "-c", f"{code}{patch}\nsys.exit(main())", *command(*given)[3:]],
+    )
+    with core(step_s=0.002) as (front, recorder):
+        yield front, recorder
+
+
+AT_BORDERS = """
+collect = fake.FakeRunner.collect
+def die_at_borders(self):
+    for chunk in self._in_flight.chunks:
+        if self._holders[chunk.row].num_prompt == 4 and chunk.length == 1 and chunk.start % 16 == 0:
+            os.abort()
+    return collect(self)
+fake.FakeRunner.collect = die_at_borders
+"""
+
+
+def test_a_fault_at_every_16th_position_is_found_in_three_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens between made it innocent each time, and its trial was over before it struck again: 18 deaths."""
+    wishes = [*many(3, max_tokens=200), generation((7, 7, 7, 7), max_tokens=300)]
+    with patched_core(AT_BORDERS, monkeypatch) as (front, recorder):
+        verify(wishes, submit_all(front, wishes), guilty=[3])
+        assert deaths(recorder) == 3
+
+
+def test_a_poisonous_prompt_is_given_up_for_all_its_answers_at_once() -> None:
+    """Sixteen answers were tried one after another: 18 deaths."""
+    wishes = many(3)
+    with core(Fault(token_id=POISON, kind="exit")) as (front, recorder):
+        sink = Collector(16)
+        front.submit(generation((POISON, 1), n=16, temperature=1.0, max_tokens=20), sink)
+        sinks = submit_all(front, wishes)
+        assert all(isinstance(final.error, PoisonRequest) for final in sink.wait().finals.values())
+        verify(wishes, sinks)
+        assert deaths(recorder) == 3
+
+
+BROKEN = "fake.FakeRunner.collect = lambda self: os.abort()"
+
+
+def test_an_engine_that_completes_no_step_is_given_up_and_not_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken driver: each request was called poison, one after another, and the engine stayed ready for ever."""
+    wishes = many(4)
+    with patched_core(BROKEN, monkeypatch) as (front, recorder):
+        for sink in submit_all(front, wishes):
+            assert isinstance(sink.wait().finals[0].error, EngineLost)
+        assert recorder.num_poisoned == 0 and not front.is_ready
+        with pytest.raises(EngineLost):
+            front.submit(wishes[0], Collector())
+
+
+def test_poison_after_poison_does_not_look_like_a_broken_engine() -> None:
+    """No core completes a step of anybody's; the probe tells the two apart."""
+    with core(Fault(token_id=POISON, kind="exit")) as (front, recorder):
+        for index in range(4):
+            poison = generation((index, POISON), max_tokens=20)
+            verify([poison], submit_all(front, [poison]), guilty=[0])
+            assert deaths(recorder) == 3 * (index + 1)
+        verify(many(2), submit_all(front, many(2)))
+
+
+def blamed(*spacings: int) -> Suspicion:
+    """By crashes of handle 5 after so many tokens each."""
+    suspicion = Suspicion()
+    for num_tokens in spacings:
+        for _ in range(num_tokens):
+            suspicion.produced(1)
+        suspicion.blame(Death(epoch=1, handles=(5, 6), of_itself=True), 5)
+    return suspicion
+
+
+def test_a_trial_lasts_as_long_as_the_time_between_two_crashes() -> None:
+    assert blamed(90).trial_tokens == 0
+    assert blamed(90, 0).trial_tokens == 2
+    assert blamed(90, 16).trial_tokens == 18
+    assert [blamed(*[100] * count).trial_tokens for count in (2, 3, 4)] == [66, 102, 102], "all others stand still"
+
+
+def test_crashes_are_forgotten_with_time() -> None:
+    """Three unrelated crashes in an hour made a long answer poisonous."""
+    assert blamed(0, FORGIVEN_AFTER - 1, FORGIVEN_AFTER - 1).is_guilty
+    assert not blamed(0, FORGIVEN_AFTER, FORGIVEN_AFTER, FORGIVEN_AFTER, FORGIVEN_AFTER).is_guilty
 
 
 def test_what_a_death_says() -> None:

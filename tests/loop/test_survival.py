@@ -32,7 +32,7 @@ from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine, core_command
 from pageflight.loop.front import Front
 from pageflight.loop.local import find_python, make_supervisor, start_core
-from pageflight.loop.reports import Report, Reporter
+from pageflight.loop.reports import CacheSize, Report, Reporter
 from pageflight.loop.status import read_status
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
 
@@ -238,9 +238,9 @@ def test_a_core_that_cannot_come_back_ends_its_requests_with_engine_lost() -> No
     """They waited for ever."""
     address, python, starts = private_address(), find_python(), []
 
-    def command(report_fd: int, trace_fd: int) -> list[str]:
+    def command(report_fd: int, trace_fd: int, cache: CacheSize | None) -> list[str]:
         starts.append(report_fd)
-        return core_command(python, SLOW, address, report_fd, trace_fd) if len(starts) == 1 else ["false"]
+        return core_command(python, SLOW, address, report_fd, trace_fd, cache) if len(starts) == 1 else ["false"]
 
     config = SupervisorConfig(max_failed_starts=2, backoff_s=0.05)
     recorder = Recorder()
@@ -398,7 +398,7 @@ def test_a_core_that_keeps_dying_is_started_again_ever_more_slowly() -> None:
     """A crash at the first step made a loop of restarts that took a whole processor."""
     address, moments = private_address(), []
 
-    def command(report_fd: int, trace_fd: int) -> list[str]:
+    def command(report_fd: int, trace_fd: int, cache: CacheSize | None) -> list[str]:
         moments.append(time.monotonic())
         report = 'import os, sys; os.write(int(sys.argv[1]), b\'{"kind":"ready"}\\n\')'
         return [sys.executable, "-S", "-c", report, str(report_fd)]

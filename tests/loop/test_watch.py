@@ -19,6 +19,7 @@ from pageflight.loop.local import find_python, start_core
 from pageflight.loop.recorder import read_entries
 from pageflight.loop.recording import Header
 from pageflight.loop.replay import replay
+from pageflight.loop.reports import CacheSize
 from pageflight.loop.status import read_status
 from pageflight.loop.supervisor import Supervisor
 from pageflight.loop.watch import CHECK_VARIABLE, RECORD_VARIABLE, Watch
@@ -52,8 +53,8 @@ def test_a_core_that_breaks_an_invariant_is_replaced_and_its_streams_go_on(
     address, python = private_address(), find_python()
     spec = CoreSpec(config=CONFIG, fake=FakeEngine(step_s=0.002), watch=Watch(check_invariants=1))
 
-    def command(report_fd: int, trace_fd: int) -> list[str]:
-        rest = core_command(python, spec, address, report_fd, trace_fd)[3:]
+    def command(report_fd: int, trace_fd: int, cache: CacheSize | None) -> list[str]:
+        rest = core_command(python, spec, address, report_fd, trace_fd, cache)[3:]
         return [python, "-c", BREAKING_CORE, str(tmp_path / "broken"), *rest]
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -96,7 +96,7 @@ class Harness:
         cache_salt: str = "",
         sequence_index: int = 0,
         output_ids: tuple[int, ...] = (),
-        is_suspect: bool = False,
+        trial_tokens: int = 0,
         is_taken_over: bool = False,
         kv_retention_priority: int | None = None,
         **sampling: object,
@@ -113,7 +113,7 @@ class Harness:
             cache_salt=cache_salt,
             sequence_index=sequence_index,
             output_ids=output_ids,
-            is_suspect=is_suspect,
+            trial_tokens=trial_tokens,
             is_taken_over=is_taken_over,
             kv_retention_priority=kv_retention_priority,
         )

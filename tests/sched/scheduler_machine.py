@@ -133,8 +133,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert n > harness.config.max_queue_size
 
     @precondition(lambda self: self.harness is not None and self.harness.requests)
-    @rule(data=st.data(), num_kept=st.integers(0, 6), is_suspect=st.booleans())
-    def take_over(self, data: st.DataObject, num_kept: int, is_suspect: bool) -> None:
+    @rule(data=st.data(), num_kept=st.integers(0, 6), trial_tokens=st.sampled_from([0, 2, 7]))
+    def take_over(self, data: st.DataObject, num_kept: int, trial_tokens: int) -> None:
         """A sequence comes back with some of its output, as after a restart of the core."""
         assert self.harness is not None
         harness = self.harness
@@ -145,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected = harness.expected(handle)
         harness.submit(
             request.prompt_ids,
-            is_suspect=is_suspect,
+            trial_tokens=trial_tokens,
             is_taken_over=True,
             output_ids=tuple(expected[:num_kept]),
             sequence_index=request.sequence_index + handle - request.handle,
@@ -188,7 +188,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def everything_fits_together(self) -> None:
         if self.harness is not None:
             self.harness.scheduler.check()
-            is_quiet = not any(request.is_suspect for request in self.harness.requests.values())
+            is_quiet = not any(request.trial_tokens for request in self.harness.requests.values())
             if self.harness.config.kv_admission == "reserve" and is_quiet:
                 assert self.harness.scheduler.stats().preemptions == 0, "a reserved block was not there"
 

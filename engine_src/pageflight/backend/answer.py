@@ -103,9 +103,9 @@ class Reply:
 
     def _strike(self) -> None:
         """Before the final response and not after: a request that ends twice brings tritonserver down."""
-        if self._ledger is not None and self._slot is not None:
-            self._ledger.strike(self._slot)
-            self._slot = None
+        if self._ledger is not None:
+            self._ledger.leave(self._slot)
+            self._ledger = self._slot = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +158,9 @@ class Answer:
             self._finals[event.sequence_index] = event
             is_last = len(self._finals) == self.num_sequences
             if self.stream:
-                self._send(self._streamed(event), is_last)
+                self._end_stream(event, is_last)
             elif is_last:
-                self._send(self._collected(), True)
+                self.reply.send_last(self._collected())
             return
         says_nothing = not event.text and self.wanted.isdisjoint(_PER_TOKEN)
         if says_nothing and event.sequence_index in self._started:
@@ -168,16 +168,17 @@ class Answer:
         self._started.add(event.sequence_index)
         self.reply.send(triton.response(self._tensors([event])))
 
-    def _send(self, response: triton.TritonResponse, is_last: bool) -> None:
-        if is_last:
-            self.reply.send_last(response)
-        else:
+    def _end_stream(self, event: TokenEvent, is_last: bool) -> None:
+        """A request has at most one error, as its last response: that of each sequence would look like another end."""
+        errors = [final.error for final in self._finals.values() if final.error is not None]
+        if event.error is None:
+            response = triton.response([*self._tensors([event]), *self._last_tensors([event])])
+            if is_last and not errors:
+                self.reply.send_last(response)
+                return
             self.reply.send(response)
-
-    def _streamed(self, event: TokenEvent) -> triton.TritonResponse:
-        if event.error is not None:
-            return triton.error_response(event.error)
-        return triton.response([*self._tensors([event]), *self._last_tensors([event])])
+        if is_last:
+            self.reply.send_last(triton.error_response(errors[0]))
 
     def _collected(self) -> triton.TritonResponse:
         events = [self._finals[index] for index in sorted(self._finals)]

@@ -30,7 +30,10 @@ from pageflight.loop.watch import Watch
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
-"""Loading a large engine from a slow disk takes its time; a core that hangs meanwhile is noticed by its supervisor."""
+"""Loading a large engine from a slow disk takes its time."""
+
+READY_SLACK_S = 5.0
+"""The supervisor, which knows what it waited for in vain, is the one to say so."""
 
 CUT_OFF_S = 1.0
 """What a front needs to end the requests whose time is over."""
@@ -41,8 +44,7 @@ class EngineModel(FrontModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         address = core_address(settings, settings.name)
-        supervision = SupervisorConfig(hang_limit_s=settings.number("hang_limit_s", 1))
-        self._supervisor = make_supervisor(core_spec(settings), address, config=supervision)
+        self._supervisor = make_supervisor(core_spec(settings), address, config=supervision(settings))
         self._supervisor.start()
         try:
             super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
@@ -72,7 +74,7 @@ class EngineModel(FrontModel):
     def start(self) -> None:
         """Wait for the core. Raises the typed error that keeps it from starting."""
         try:
-            self._supervisor.wait_ready(START_TIMEOUT_S)
+            self._supervisor.wait_ready(START_TIMEOUT_S + READY_SLACK_S)
             self.front.wait_ready(START_TIMEOUT_S)
         except BaseException:
             self.close()
@@ -116,6 +118,11 @@ class EngineModel(FrontModel):
             bad_ids=word_list("bad_words_list", bad) if bad is not None else (),
             logit_bias=logit_bias,
         )
+
+
+def supervision(settings: ModelSettings) -> SupervisorConfig:
+    """How patient the supervisor of this instance's core is. Raises ConfigError."""
+    return SupervisorConfig(hang_limit_s=settings.number("hang_limit_s", 1), start_timeout_s=START_TIMEOUT_S)
 
 
 def core_spec(settings: ModelSettings) -> CoreSpec:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pageflight.backend import triton
 from pageflight.backend.answer import Answer, AnswerForm, Reply
 from pageflight.backend.cancellation import CancellationWatch
+from pageflight.backend.descriptors import close_inherited_sockets
 from pageflight.backend.generations import GenerationBuilder, TokenWishes
 from pageflight.backend.inputs import Row, add_timeout, parameters_of, rows_of
 from pageflight.backend.ledger import Ledger
@@ -35,6 +36,7 @@ _ENSEMBLE_PROMPT = wire.ENSEMBLE_INPUTS[0].name
 
 def read_settings(args: Mapping[str, str]) -> ModelSettings:
     """The instance's settings; its log lines go to the server's log."""
+    close_inherited_sockets()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     return ModelSettings.read(args)
 

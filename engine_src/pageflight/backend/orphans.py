@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from pageflight.backend import triton
-from pageflight.backend.ledger import Page
-from pageflight.backend.sender_memory import ServerMemory, is_known, lent
+from pageflight.backend.ledger import Page, pages
+from pageflight.backend.sender_memory import ServerMemory, has_ended_once, image_of, is_fresh, lent
 from pageflight.core import wire
 from pageflight.core.errors import InvalidArgument, PageflightError, StubLost, Unsupported
 from pageflight.loop.address import process_start, stub_folder
 
 log = logging.getLogger(__name__)
 
+_SECRET = "(secret)"  # what errors show of it
 
-def end_orphans(parameters: Mapping[str, object], request: triton.TritonRequest) -> None:
-    """Do what `wire.END_REQUESTS_OF` among a request's parameters asks for, if it does.
 
-    Its value is the process id of a stub of this server that has died. Once is enough: its ledger is removed.
-    Raises InvalidArgument when there is no such stub, Unsupported when this Triton is not known well enough.
+def end_orphans(
+    parameters: Mapping[str, object], request: triton.TritonRequest, answer: list[triton.TritonTensor]
+) -> bool:
+    """Do what `wire.END_REQUESTS_OF` among a request's parameters asks for; whether it did, and sent `answer` itself.
+
+    The request's own sender shows with its own end how this Triton keeps senders; only then it is used for others.
+    Where it cannot be done the ledger is `given_up`. Raises InvalidArgument when the parameter is not the secret of a
+    dead stub of this server, Unsupported when nothing was sent because this Triton is not known.
     """
     if wire.END_REQUESTS_OF not in parameters:
-        return
-    value = parameters[wire.END_REQUESTS_OF]
-    page = _claim(value)
-    try:
-        sender, memory = request.get_response_sender(), ServerMemory(page.owner.server_pid)
-        if not is_known(sender, memory):
-            raise Unsupported(wire.END_REQUESTS_OF, value, "this Triton keeps its requests in an unknown way")
-        orphans = page.open_requests()
+        return False
+    page = _named(parameters[wire.END_REQUESTS_OF])
+    sender, memory = request.get_response_sender(), ServerMemory(page.owner.server_pid)
+    with _claimed(page) as claimed:
+        before = image_of(sender)
+        if before is None or not is_fresh(before, memory):
+            raise Unsupported(wire.END_REQUESTS_OF, _SECRET, "this Triton keeps its requests in an unknown way")
+        sender.send(triton.response(answer), flags=triton.FINAL)
+        if not has_ended_once(before, image_of(sender)):
+            log.error("requests of a dead stub cannot be ended: this Triton keeps its requests in an unknown way")
+            claimed.path.rename(page.given_up)
+            return True
+        orphans = claimed.open_requests()
         for words in orphans:
             try:
                 if not memory.holds(words):
@@ -40,25 +52,33 @@ def end_orphans(parameters: Mapping[str, object], request: triton.TritonRequest)
             except Exception:
                 log.exception("a request of the dead stub of %s could not be ended", page.owner.model)
         log.warning("ended %d requests of the dead stub %d of %s", len(orphans), page.owner.stub_pid, page.owner.model)
-    finally:
-        page.path.unlink()
+    return True
 
 
-def _claim(value: object) -> Page:
-    """The ledger of the dead stub, which no other instance can claim any more."""
-    server_pid = os.getppid()
-    path = stub_folder(server_pid) / str(value)
-    page = Page.of(path) if isinstance(value, int) else None
-    if page is None or page.owner.server_pid != server_pid or page.owner.server_start != process_start(server_pid):
-        raise InvalidArgument(wire.END_REQUESTS_OF, value, "this server has no such stub with open requests")
-    if page.owner.is_alive:
-        raise InvalidArgument(wire.END_REQUESTS_OF, value, "this stub is alive and ends its requests itself")
-    claimed = path.with_suffix(".claimed")
+def _named(secret: object) -> Page:
+    """The ledger of the dead stub whose secret this is: only who reads the server's private folder knows it."""
+    server_pid, given = os.getppid(), str(secret).encode("utf-8", "replace")
+    found = [page for page in pages(stub_folder(server_pid)) if hmac.compare_digest(page.owner.secret.encode(), given)]
+    if not found or found[0].owner.server_start != process_start(server_pid):
+        raise InvalidArgument(wire.END_REQUESTS_OF, _SECRET, "this server has no such stub with open requests")
+    if found[0].owner.is_alive:
+        raise InvalidArgument(wire.END_REQUESTS_OF, _SECRET, "this stub is alive and ends its requests itself")
+    return found[0]
+
+
+@contextmanager
+def _claimed(page: Page) -> Iterator[Page]:
+    """The ledger where no other instance finds it; in the end it is removed, or given up after an error."""
     try:
-        path.rename(claimed)
+        page.path.rename(page.claimed)
     except FileNotFoundError:
-        raise InvalidArgument(wire.END_REQUESTS_OF, value, "its requests are being ended already") from None
-    return Page(claimed, page.owner)
+        raise InvalidArgument(wire.END_REQUESTS_OF, _SECRET, "its requests are being ended already") from None
+    try:
+        yield Page(page.claimed, page.owner)
+    except BaseException:
+        page.claimed.rename(page.given_up)
+        raise
+    page.claimed.unlink(missing_ok=True)
 
 
 def _error(page: Page) -> PageflightError:

@@ -30,8 +30,9 @@ class TritonPythonModel:
             raise triton.start_error(args["model_name"], error) from None
         self._ledger = Ledger(settings, "postprocessing")
 
-    def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:
-        return answer_each(requests, self._answer)
+    def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse | None]:
+        with self._ledger.counting(len(requests)):
+            return answer_each(requests, self._answer)
 
     def finalize(self) -> None:
         self._ledger.close()

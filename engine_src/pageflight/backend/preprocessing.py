@@ -37,14 +37,18 @@ class TritonPythonModel:
         self._builder = GenerationBuilder(manifest, tokenizer, default_max_tokens=1, exclude_input_in_output=True)
         self._ledger = Ledger(settings, "preprocessing")
 
-    def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse]:
-        return answer_each(requests, self._answer)
+    def execute(self, requests: Sequence[triton.TritonRequest]) -> list[triton.TritonResponse | None]:
+        with self._ledger.counting(len(requests)):
+            return answer_each(requests, self._answer)
 
     def finalize(self) -> None:
         self._ledger.close()
 
-    def _answer(self, request: triton.TritonRequest) -> list[triton.TritonTensor]:
-        end_orphans(parameters_of(request), request)
+    def _answer(self, request: triton.TritonRequest) -> list[triton.TritonTensor] | None:
+        tensors = self._tensors(request)
+        return None if end_orphans(parameters_of(request), request, tensors) else tensors
+
+    def _tensors(self, request: triton.TritonRequest) -> list[triton.TritonTensor]:
         rows = list(rows_of(request, is_batched=True))
         options = [self._options(row) for row in rows]
         prompts = [self._builder.encode_prompt(_PROMPT, as_text(_PROMPT, row.text(_QUERY))) for row in rows]

@@ -13,13 +13,17 @@ log = logging.getLogger(__name__)
 
 def answer_each(
     requests: Sequence[triton.TritonRequest],
-    answer: Callable[[triton.TritonRequest], list[triton.TritonTensor]],
-) -> list[triton.TritonResponse]:
-    """One response per request; what goes wrong with one is its own. No traceback leaves the process."""
-    responses = []
+    answer: Callable[[triton.TritonRequest], list[triton.TritonTensor] | None],
+) -> list[triton.TritonResponse | None]:
+    """One response per request; what goes wrong with one is its own. No traceback leaves the process.
+
+    None for a request that `answer` has answered itself, for which it returns None.
+    """
+    responses: list[triton.TritonResponse | None] = []
     for request in requests:
         try:
-            responses.append(triton.response(answer(request)))
+            tensors = answer(request)
+            responses.append(None if tensors is None else triton.response(tensors))
         except PageflightError as error:
             responses.append(triton.error_response(error))
         except Exception:

@@ -59,23 +59,36 @@ class DeadStub:
 
     def end_requests(self) -> None:
         """Have a living stub end what is open, and clear away the ledger."""
-        num_open = len(self._page.open_requests())
+        page = self._page
+        # tritonserver ends those of other stubs; of what is still pending nobody knows, and has been told.
+        num_open = page.num_open() - page.num_pending() if page.owner.kind == "front" else 0
         if not num_open:
-            self._page.path.unlink(missing_ok=True)
+            page.path.unlink(missing_ok=True)
             return
         self._stopping.wait(max(0.0, self._died_s + self._patience.sent_s - time.monotonic()))
-        wish, last = {END_REQUESTS_OF: self._page.owner.stub_pid}, "no preprocessing model is alive"
+        reason = self._ask_others() if page.open_requests() else "their stub could not note whom it answers"
+        while page.claimed.exists() and self._is_before(self._patience.end_s):
+            pass
+        left = [path for path in (page.path, page.claimed, page.given_up) if path.exists()]
+        if left and not self._stopping.is_set():
+            self._tell(f"{num_open} requests of {name_of(page)} cannot be ended and wait for ever: {reason}")
+            for path in left:  # who drains the server need not wait for them
+                path.unlink(missing_ok=True)
+
+    def _ask_others(self) -> str:
+        """Ask living stubs until one has claimed the ledger; what the last of them said if it did not work."""
+        wish, last = {END_REQUESTS_OF: self._page.owner.secret}, "no preprocessing model is alive"
         while self._is_before(self._patience.end_s) and self._page.path.exists():
             for page in self._stubs():
                 if page.owner.kind != "preprocessing" or not page.owner.is_alive:
                     continue
                 try:
                     self._api.infer(page.owner.model, "QUERY", " ", wish)
+                    last = "the server's log has the reason"
                     break
                 except ServerError as error:
                     last = str(error)
-        if self._page.path.exists():
-            self._tell(f"{num_open} requests of {name_of(self._page)} cannot be ended and wait for ever: {last}")
+        return last
 
     def _were_handed_over(self) -> bool | None:
         """Whether tritonserver leaves the pending requests to the stub, by its count of requests and those of the

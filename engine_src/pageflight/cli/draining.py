@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from pageflight.loop.address import set_drain_marker
+from pageflight.backend.ledger import Page, paths
+from pageflight.loop.address import process_start, set_drain_marker, stub_folder
 
 _POLL_S = 0.1
-_ACTIVE = re.compile(r'^nv_trt_llm_request_metrics\{[^}]*request_type="active"[^}]*\} (\S+)$', re.MULTILINE)
 
 
 @contextmanager
@@ -25,18 +23,39 @@ def refusing(server_pid: int) -> Iterator[None]:
         marker.unlink(missing_ok=True)
 
 
-def wait_until_idle(host: str, metrics_port: int, timeout_s: float, has_ended: Callable[[], bool]) -> None:
-    """Until no request is open, the server has ended, or so many seconds have passed."""
+def wait_until_idle(server_pid: int, timeout_s: float, has_ended: Callable[[], bool]) -> None:
+    """Until it is known that no request is open, the server has ended, or so many seconds have passed."""
     until_s = time.monotonic() + timeout_s
-    while time.monotonic() < until_s and not has_ended() and num_active(host, metrics_port):
+    while time.monotonic() < until_s and not has_ended() and num_open(server_pid) != 0:
         time.sleep(_POLL_S)
 
 
-def num_active(host: str, metrics_port: int) -> int:
-    """Sequences that run or wait, of all engines, as published in the last second; 0 where nobody tells."""
-    connection = http.client.HTTPConnection(host, metrics_port, timeout=2)
-    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode("utf-8", "replace")
-        return int(sum(float(value) for value in _ACTIVE.findall(text)))
-    return 0
+def num_open(server_pid: int) -> int | None:
+    """Requests that the server's stubs have open, by their own ledgers; None when they do not tell.
+
+    Exact while new requests are refused: a stub counts a request before it looks whether to take it. A stub that has
+    died has its requests open until somebody ends them.
+    """
+    found = paths(stub_folder(server_pid))
+    if not found and _has_children(server_pid):
+        return None
+    total = 0
+    for path in found:
+        page = Page.of(path)
+        if page is not None:
+            total += page.num_open()
+        elif path.exists():  # of a version that this one cannot read
+            return None
+    return total
+
+
+def _has_children(pid: int, proc: Path = Path("/proc")) -> bool:
+    """Whether the process has living ones: a server without models has no stubs and no ledgers."""
+    for path in proc.glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and process_start(int(path.parent.name)) is not None:
+            return True
+    return False

@@ -28,7 +28,7 @@ class ServerOrders(Protocol):
     def num_successes(self, model: str) -> int:
         """Requests that the model's stubs have taken over since it was loaded."""
 
-    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, int]) -> None:
+    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, str]) -> None:
         """A request whose answer does not matter, only that it was answered: `tensor` is a string of shape [1, 1]."""
 
 
@@ -66,7 +66,7 @@ class RepositoryApi:
             statistics = client.get_inference_statistics(model, client_timeout=_TIMEOUT_S)
             return sum(int(version.inference_stats.success.count) for version in statistics.model_stats)
 
-    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, int]) -> None:
+    def infer(self, model: str, tensor: str, text: str, parameters: dict[str, str]) -> None:
         import numpy as np
         import tritonclient.grpc as triton
 

@@ -12,14 +12,15 @@ from typing import Annotated
 
 import typer
 
-from pageflight.cli import tritonserver
-from pageflight.cli.console import console, output
+from pageflight.cli import shared_memory, tritonserver
+from pageflight.cli.console import console, output, tell
 from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_guard import ServerGuard
 from pageflight.cli.server_process import ServerProcess
 from pageflight.cli.watch_flags import WatchFlags
+from pageflight.loop.address import remove_leftovers
 from pageflight.loop.watch import Watch
 
 STARTS = 3
@@ -68,13 +69,14 @@ def running_server(command: tritonserver.ServerCommand, flags: ServerFlags) -> I
     flags.ports.check_free()
     guard = ServerGuard(command, flags)
     with terminated_like_interrupted(), ExitStack() as stack:
+        server: ServerProcess | None = None
         try:
             server = _started(guard, flags, stack)
             guard.start(server.pid)
             yield server
         except KeyboardInterrupt:
             stack.close()
-            raise typer.Exit(0) from None
+            raise typer.Exit(1 if server is not None and server.num_cut_off else 0) from None
 
 
 def _started(guard: ServerGuard, flags: ServerFlags, stack: ExitStack) -> ServerProcess:
@@ -101,13 +103,21 @@ def _started(guard: ServerGuard, flags: ServerFlags, stack: ExitStack) -> Server
 
 
 def _drain(server: ServerProcess, guard: ServerGuard, flags: ServerFlags) -> None:
-    guard.stop()
-    server.drain(
-        flags.exit_timeout_secs,
-        lambda text: console.print(text, highlight=False),
-        is_hopeless=guard.only_corpses_are_left,
-    )
-    server.kill()
+    segments: frozenset[str] = frozenset()
+    try:
+        guard.stop_reloads()
+        segments = shared_memory.segments_of(server.pid)
+        server.drain(
+            flags.exit_timeout_secs,
+            tell,
+            before_end=guard.stop,
+            is_hopeless=guard.only_corpses_are_left,
+        )
+    finally:
+        guard.stop()
+        server.kill()
+        shared_memory.remove(segments)
+        remove_leftovers()
 
 
 def server_command(

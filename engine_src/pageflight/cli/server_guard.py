@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pageflight.cli.console import console
+from pageflight.cli.console import tell
 from pageflight.cli.repository_api import RepositoryApi, new_key
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.tritonserver import ServerCommand
@@ -32,8 +32,13 @@ class ServerGuard:
         """Watch the server, which is ready."""
         if self._flags.watchdog:
             patience = Patience(restart_stuck_after_s=self._flags.restart_stuck_after)
-            self._watchdog = Watchdog(server_pid, self._api, _tell, can_reload=self._can_reload, patience=patience)
+            self._watchdog = Watchdog(server_pid, self._api, tell, can_reload=self._can_reload, patience=patience)
             self._watchdog.start()
+
+    def stop_reloads(self) -> None:
+        """The server drains: models that die stay away, but their requests still get an end."""
+        if self._watchdog is not None:
+            self._watchdog.stop_reloads()
 
     def stop(self) -> None:
         """The server is about to end."""
@@ -42,10 +47,6 @@ class ServerGuard:
 
     def only_corpses_are_left(self) -> bool:
         return self._watchdog is not None and self._watchdog.only_corpses_are_left()
-
-
-def _tell(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _chosen(option: str, arguments: Sequence[str]) -> str:

@@ -23,8 +23,8 @@ from pageflight.cli.errors import ServerCrash, ServerStartError
 _KEPT_LINES = 400
 _POLL_S = 0.05
 _UNLOAD_S = 10.0
-"""What the server gets to unload its models when no request is open any more. It uses it up where a client keeps an
-idle HTTP connection, for which Triton waits."""
+"""What the server gets at least to unload its models, however little is left of the time to drain. It uses up what it
+gets where a client keeps an idle HTTP connection, for which Triton waits."""
 _DRAIN_POLL_S = 0.25
 _HOPELESS_S = 3.0
 _PR_SET_PDEATHSIG = 1
@@ -70,6 +70,7 @@ class ServerProcess:
         self._ports = ports
         self._verbose = verbose
         self._ready = False
+        self._num_cut_off = 0
         self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
         parent = os.getpid()
 
@@ -95,6 +96,11 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def num_cut_off(self) -> int:
+        """Requests that were open when `drain` had to kill the server."""
+        return self._num_cut_off
 
     def wait_ready(self, tell: Callable[[str], None]) -> None:
         """Block until all models are ready; `tell` gets a word of what is going on.
@@ -122,28 +128,31 @@ class ServerProcess:
         timeout_s: float,
         tell: Callable[[str], None],
         *,
+        before_end: Callable[[], None] = lambda: None,
         is_hopeless: Callable[[], bool] = lambda: False,
     ) -> int:
         """Let open requests finish for `timeout_s` while new ones are refused, then end the server; its exit status.
 
-        Ctrl-C ends it now. SIGTERM comes last: at that, tritonserver forgets its models at once and tells clients that
-        there are none, waits for idle connections, and aborts over what is still open at its exit timeout.
-        `is_hopeless` says that it waits for what will never be.
+        Ctrl-C ends it now. SIGTERM comes last, after `before_end`: at that, tritonserver forgets its models at once and
+        tells clients that there are none, waits for idle connections, and aborts over what is still open at its exit
+        timeout. It is killed when it is there after `timeout_s`, but not within ten seconds of SIGTERM. `is_hopeless`
+        says that it waits for what will never be.
         """
         if self._process.poll() is not None:
             return self._ended()
-        tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
-        with draining.refusing(self._process.pid):
-            try:
-                host, port = self._ports.local_host, self._ports.metrics
-                draining.wait_until_idle(
-                    host, port, timeout_s, lambda: self._process.poll() is not None or is_hopeless()
-                )
+        pid, until_s = self._process.pid, time.monotonic() + timeout_s
+        try:
+            with draining.refusing(pid):
+                tell(f"draining: open requests finish, at most {timeout_s:.0f} s (Ctrl-C again stops at once)")
+                draining.wait_until_idle(pid, timeout_s, lambda: self._process.poll() is not None or is_hopeless())
+                before_end()
                 self._process.send_signal(signal.SIGTERM)
-                self._wait(_UNLOAD_S, is_hopeless)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                tell("stopping at once")
-                self.kill()
+                self._wait(max(until_s - time.monotonic(), _UNLOAD_S), is_hopeless)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._num_cut_off = draining.num_open(pid) or 0
+            cut_off = f": {self._num_cut_off} open requests are cut off" if self._num_cut_off else ""
+            tell(f"stopping at once{cut_off}")
+            self.kill()
         return self._ended()
 
     def _ended(self) -> int:

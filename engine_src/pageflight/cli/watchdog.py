@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pageflight.cli.dead_stub import DeadStub, SettlePatience, how_it_ended, nam
 from pageflight.cli.errors import ServerError
 from pageflight.cli.repository_api import ServerOrders
 from pageflight.loop.address import stub_folder
+from pageflight.loop.clock import Clock, monotonic_clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +35,26 @@ class Patience:
     further one in a row twice the last, up to `max_backoff_s`."""
     max_backoff_s: float = 30.0
     long_life_s: float = 120.0
+    unload_s: float = 10.0
+    """A stub that was replaced, lives on for so long and has nothing to finish: tritonserver has forgotten it."""
     max_short_lives: int = 6
     """So many in a row, and the model is left unloaded."""
     settle: SettlePatience = field(default_factory=SettlePatience)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A stub that died between `alive_s`, when a look still found it alive, and `noticed_s`."""
+
+    page: Page
+    alive_s: float
+    noticed_s: float
 
 
 @dataclass(slots=True)
 class _Record:
     """What happened to one model."""
 
-    num_deaths: int = 0
     short_lives: int = 0
     back_s: float = float("-inf")  # when it was last loaded again
     is_recovering: bool = False
@@ -67,27 +78,40 @@ class Watchdog:
         *,
         can_reload: bool = True,
         patience: Patience | None = None,
+        clock: Clock = monotonic_clock,
     ) -> None:
         self._folder = stub_folder(server_pid)
         self._api, self._tell_line, self._can_reload = api, tell, can_reload
-        self._patience = patience or Patience()
+        self._patience, self._clock = patience or Patience(), clock
+        self._looked_s = clock()
+        self._deaths: list[Death] = []
         self._known: dict[Path, Page] = {}
         self._records: dict[str, _Record] = {}
         self._stuck: set[Path] = set()
         self._dead: set[Path] = set()  # ledgers that wait to be settled
+        self._forgotten: set[Path] = set()  # ledgers of stubs that the watchdog itself has ended
         self._lock = threading.Lock()  # guards the records
-        self._stopping = threading.Event()
+        self._ends_reloads, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     @property
+    def deaths(self) -> Sequence[Death]:
+        return tuple(self._deaths)
+
+    @property
     def num_deaths(self) -> int:
-        return sum(record.num_deaths for record in self._records.values())
+        return len(self._deaths)
 
     def start(self) -> None:
         self._thread.start()
 
+    def stop_reloads(self) -> None:
+        """No model is loaded again from now on; requests of the dead still get their end."""
+        self._ends_reloads.set()
+
     def stop(self) -> None:
         """Look away: from now on the server may end."""
+        self._ends_reloads.set()
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -100,31 +124,32 @@ class Watchdog:
         self._tell_line(f"watchdog: {text}")
 
     def _run(self) -> None:
-        looked_s = time.monotonic()
         while not self._stopping.wait(self._patience.look_s):
-            now_s = time.monotonic()
-            was_away = now_s - looked_s > 4 * self._patience.look_s + 1  # the whole machine was: nobody had a pulse
-            looked_s = now_s
             try:
-                self._look(None if was_away else now_s)
+                self.look()
             except Exception as error:
                 self._tell(f"{type(error).__name__}: {error}; it goes on")
 
-    def _look(self, now_s: float | None) -> None:
+    def look(self) -> None:
+        """One round; takes some milliseconds, because whatever takes longer goes on beside it."""
+        alive_s, self._looked_s = self._looked_s, self._clock()
+        was_away = self._looked_s - alive_s > 4 * self._patience.look_s + 1  # the whole machine was: nobody had a pulse
         self._dead = {path for path in self._dead if path.exists()}
         for page in pages(self._folder, skip={*self._known, *self._dead}):
             self._known[page.path] = page
         for path, page in list(self._known.items()):
             if page.owner.is_alive:
                 pulse_s = page.pulse_s()
-                if now_s is not None and pulse_s is not None:
-                    self._feel(page, now_s - pulse_s)
+                if not was_away and pulse_s is not None:
+                    self._feel(page, self._looked_s - pulse_s)
             else:
                 del self._known[path]
                 self._stuck.discard(path)
-                if path.exists():  # otherwise the stub has ended as it should
+                if path in self._forgotten:
+                    path.unlink(missing_ok=True)
+                elif path.exists():  # otherwise the stub has ended as it should
                     self._dead.add(path)
-                    self._died(page)
+                    self._died(Death(page=page, alive_s=alive_s, noticed_s=self._clock()))
 
     # ---- stubs that hang
 
@@ -144,15 +169,17 @@ class Watchdog:
 
     # ---- stubs that died
 
-    def _died(self, page: Page) -> None:
-        model = page.owner.model
+    def _died(self, death: Death) -> None:
+        page, model = death.page, death.page.owner.model
         record = self._records.setdefault(model, _Record())
-        record.num_deaths += 1
+        self._deaths.append(death)
         what = f"{how_it_ended(page)} with {len(page.open_requests()) + page.num_pending()} open requests"
-        self._tell(f"{name_of(page)} {what}; deaths={self.num_deaths}")
+        noticed = f"noticed within {death.noticed_s - death.alive_s:.2f} s"
+        self._tell(f"{name_of(page)} {what}; {noticed}; deaths={self.num_deaths}")
+        may_reload = self._can_reload and not self._ends_reloads.is_set()
         with self._lock:
             is_replaced = page.path in record.replaced
-            begins = self._can_reload and not record.is_recovering and not is_replaced
+            begins = may_reload and not record.is_recovering and not is_replaced
             record.is_recovering = record.is_recovering or begins
             if not is_replaced:
                 record.died_again = not begins
@@ -162,6 +189,8 @@ class Watchdog:
             self._in_background(self._bring_back, model, record)
         elif not self._can_reload:
             self._tell(f"{model} stays as it is: this server takes no orders to load models")
+        elif not may_reload:
+            self._tell(f"{model} is not loaded again: the server ends")
 
     def _settle(self, page: Page, record: _Record, is_replaced: bool) -> None:
         dead = DeadStub(page, self._api, self._tell, self._stopping, self._patience.settle)
@@ -174,11 +203,13 @@ class Watchdog:
     def _bring_back(self, model: str, record: _Record) -> None:
         """Unload, wait if the model keeps dying, load; again until it is there or there is no sense in it."""
         died_s, patience = time.monotonic(), self._patience
-        while not self._stopping.is_set():
+        while not self._ends_reloads.is_set():
             is_short = time.monotonic() - record.back_s < patience.long_life_s
             record.short_lives = record.short_lives + 1 if is_short else 0
-            while record.undecided and not self._stopping.wait(0.02):
+            while record.undecided and not self._ends_reloads.wait(0.02):
                 pass  # tritonserver forgets its counts with the model
+            if self._ends_reloads.is_set():
+                return
             with self._lock:
                 record.replaced = frozenset(page.path for page in pages(self._folder) if page.owner.model == model)
                 record.died_again = False
@@ -188,16 +219,33 @@ class Watchdog:
                 self._tell(f"{model} died {times}; it stays unloaded until the server is started again")
                 return
             if record.short_lives:
-                self._stopping.wait(min(patience.backoff_s * 2 ** (record.short_lives - 1), patience.max_backoff_s))
+                pause_s = min(patience.backoff_s * 2 ** (record.short_lives - 1), patience.max_backoff_s)
+                if self._ends_reloads.wait(pause_s):
+                    return
             is_back = self._order(self._api.load, model)
             record.back_s = time.monotonic()
             if not is_back:
                 continue
             self._tell(f"{model} is back after {record.back_s - died_s:.1f} s; deaths={self.num_deaths}")
+            self._in_background(self._end_forgotten, record.replaced)
             with self._lock:
                 record.is_recovering = record.died_again
                 if not record.is_recovering:
                     return
+
+    def _end_forgotten(self, replaced: frozenset[Path]) -> None:
+        """End the healthy stubs of a model that was replaced because one of them had died: where tritonserver cannot
+        get rid of the dead one it keeps them all, until its own end."""
+        self._ends_reloads.wait(self._patience.unload_s)
+        while not self._ends_reloads.wait(self._patience.look_s):
+            left = [page for page in map(Page.of, replaced) if page is not None and page.owner.is_alive]
+            if not left:
+                return
+            for page in left:
+                if not page.num_open():
+                    self._tell(f"{name_of(page)} was replaced and has nothing to do; it is ended")
+                    self._forgotten.add(page.path)
+                    os.kill(page.owner.stub_pid, signal.SIGKILL)
 
     def _order(self, order: Callable[[str], None], model: str) -> bool:
         try:

@@ -57,8 +57,8 @@ class Request:
     sequence_index: int = 0
     """Index of the first sequence within what the client asked: not 0 when one sequence of several is replayed."""
     output_ids: tuple[int, ...] = ()
-    is_suspect: bool = False
-    """Cores died in steps of this sequence: its next steps have nobody else in them."""
+    trial_tokens: int = 0
+    """Cores died in steps of this sequence: until it has so many more tokens, its steps have nobody else in them."""
     is_taken_over: bool = False
     """Accepted by a core that is no more: limits of the queue do not refuse it."""
     kv_retention_priority: int | None = None

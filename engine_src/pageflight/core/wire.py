@@ -24,7 +24,7 @@ MAX_WORD_CHARACTERS = 1000
 MAX_SEQUENCES = 64
 """Of `num_return_sequences`."""
 END_REQUESTS_OF = "pageflight_end_requests_of"
-"""Request parameter of `preprocessing`, with the process id of a dead stub: what it had open ends with an error."""
+"""Request parameter of `preprocessing`, with the secret of a dead stub: what it had open ends with an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,6 +103,11 @@ def make_stub_folder(server_pid: int) -> Path:
     return folder
 
 
+def remove_leftovers() -> None:
+    """Remove the meeting places of processes that have ended without tidying up."""
+    _remove_orphans(_at("any").folder.parent)
+
+
 def private_address() -> CoreAddress:
     """A meeting place nobody else can work out, for a core that serves this process only."""
     return _at(f"{os.getpid()}-{os.urandom(6).hex()}")

@@ -1,7 +1,7 @@
 """The engine core as a process: `python -m pageflight.loop.core_process --folder DIR --spec JSON …`.
 
-It loads the engine, meets its fronts at the address, steps until it is told to drain, and dies with the process that
-started it. What its starter must know goes through the report pipe.
+It loads the engine, meets its fronts at the address, steps until its supervisor has it drain, and dies with the process
+that started it. What its starter must know goes through the report pipe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pageflight.loop.frames import CoreLimits, error_to_wire
 from pageflight.loop.mailbox import ZmqMailbox
 from pageflight.loop.recorder import Recorder, recording_path
 from pageflight.loop.recording import Died, Header
-from pageflight.loop.reports import Report, Reporter
+from pageflight.loop.reports import DRAIN_SIGNAL, CacheSize, Report, Reporter
 from pageflight.loop.step_trace import StepTrace
 from pageflight.loop.tenants_file import TenantsFile
 from pageflight.loop.watch import Watch
@@ -77,9 +77,25 @@ class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     instance: int = 0
     watch: Watch = Watch()
 
+    def with_cache(self, cache: CacheSize) -> CoreSpec:
+        """With a cache of this size, however much memory is free."""
+        config = replace(
+            self.config,
+            kv=replace(self.config.kv, num_blocks=cache.num_blocks),
+            scheduler=replace(self.config.scheduler, max_model_len=cache.max_sequence_len),
+        )
+        return msgspec.structs.replace(self, config=config)
 
-def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: int, trace_fd: int) -> list[str]:
-    """The command line of a core whose end of the report pipe is `report_fd`, and its memory file `trace_fd`."""
+
+def core_command(
+    python: str, spec: CoreSpec, address: CoreAddress, report_fd: int, trace_fd: int, cache: CacheSize | None = None
+) -> list[str]:
+    """The command line of a core whose end of the report pipe is `report_fd`, and its memory file `trace_fd`.
+
+    `cache`: the size that the core before it had.
+    """
+    if cache is not None:
+        spec = spec.with_cache(cache)
     return [
         python,
         "-m",
@@ -94,6 +110,8 @@ def core_command(python: str, spec: CoreSpec, address: CoreAddress, report_fd: i
 
 def main() -> int:
     arguments = _arguments()
+    for number in (signal.SIGTERM, signal.SIGINT):  # whose group they are sent to has a supervisor: that decides
+        signal.signal(number, signal.SIG_IGN)
     _die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     reporter = Reporter(arguments.report_fd)
@@ -221,13 +239,13 @@ def _serve(
 
     trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs)
     loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: mailbox.stop(Drain()))
+    signal.signal(DRAIN_SIGNAL, lambda *_: mailbox.stop(Drain()))
     # What start-up made lives as long as the process: keep the collector from walking through it again and again.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    reporter.send(Report("ready"))
+    cache = CacheSize(num_blocks=limits.num_blocks, max_sequence_len=limits.max_model_len)
+    reporter.send(Report("ready", cache=cache))
     linger_s = 0.1  # after a failure the next core must not wait for fronts that are behind: they ask again anyway
     try:
         loop.run()

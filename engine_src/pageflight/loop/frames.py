@@ -1,8 +1,8 @@
 """What travels between fronts and core: msgpack arrays, one frame per step and front.
 
 Front → core: `Connect` (on the events socket), `Submit`, `Cancel`, `Leave`. Core → front: `Hello`, `StepFrame`,
-`StatsFrame`, `Rejected`. Every command carries the core's `epoch` (from its `Hello`) and every frame is stamped with
-it: what was meant for, or said by, a core that has died is recognised and dropped.
+`StatsFrame`, `Rejected`, `Beat`. Every command carries the core's `epoch` (from its `Hello`) and every frame is stamped
+with it: what was meant for, or said by, a core that has died is recognised and dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pageflight.core.plan import Finished
 from pageflight.core.request import Request
 from pageflight.core.stats import CoreStats
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these frames: a front and a core of different versions refuse each other."""
 
 
@@ -81,7 +81,7 @@ class StepFrame(msgspec.Struct, tag=12, array_like=True, frozen=True):
 
 
 class StatsFrame(msgspec.Struct, tag=13, array_like=True, frozen=True):
-    """A few times a second; also the sign of life."""
+    """A few times a second while steps run."""
 
     epoch: int
     stats: CoreStats
@@ -96,8 +96,16 @@ class Rejected(msgspec.Struct, tag=14, array_like=True, frozen=True):
     message: str
 
 
+class Beat(msgspec.Struct, tag=15, array_like=True, frozen=True):
+    """The sign of life of a core between two steps, idle or not, a few times a second."""
+
+    epoch: int
+    num_taken: int
+    """So many of this front's requests have been taken in, or refused, since `Hello`, in the order they were sent."""
+
+
 FromFront = Connect | Submit | Cancel | Leave
-FromCore = Hello | StepFrame | StatsFrame | Rejected
+FromCore = Hello | StepFrame | StatsFrame | Rejected | Beat
 
 encode = msgspec.msgpack.Encoder().encode
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)

@@ -28,7 +28,7 @@ def make_supervisor(
     # The core must find what this process has found, wherever its path was set (a stub's is set by Triton).
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return Supervisor(
-        lambda report_fd, trace_fd: core_command(python, spec, address, report_fd, trace_fd),
+        lambda report_fd, trace_fd, cache: core_command(python, spec, address, report_fd, trace_fd, cache),
         address,
         environment=environment,
         config=config,

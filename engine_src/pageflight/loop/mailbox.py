@@ -47,6 +47,8 @@ class _FrontRecord:
     number: int
     pid: int
     pidfd: int  # -1 where the kernel offers none
+    num_taken: int = 0
+    """Requests that `receive` has returned."""
     num_sequences: dict[int, int] = field(default_factory=dict)
     """By open handle in its own numbers: how many sequences its request has from there on."""
     refused: list[bytes] = field(default_factory=list)  # frames that its full socket did not take, in order
@@ -95,11 +97,11 @@ class ZmqMailbox:
         commands: list[engine_loop.Command] = []
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            self._drain(commands)
             now_s = time.monotonic()
-            if now_s >= self._next_care_s:
+            if now_s >= self._next_care_s:  # first: commands that are read now have not been obeyed yet
                 self._next_care_s = now_s + _CARE_INTERVAL_S
                 self._care(commands)
+            self._drain(commands)
             is_behind = self._catch_up()
             if commands or (until_s is not None and now_s >= until_s):
                 return commands
@@ -206,6 +208,7 @@ class ZmqMailbox:
             return  # meant for a core that is no more, or from a front that has left: it will introduce itself
         if isinstance(message, frames.Submit):
             own, count = message.request.handle, message.request.sampling.n
+            front.num_taken += 1
             front.num_sequences.update((own + index, count - index) for index in range(count))
             request = replace(message.request, handle=front.number << _HANDLE_BITS | own)
             commands.append(engine_loop.Submit(request))
@@ -271,6 +274,8 @@ class ZmqMailbox:
             if front.pid == 0 or not _is_alive(front):
                 log.warning("a front is gone: %d sequences are cancelled", len(front.num_sequences))
                 self._drop(front, commands)
+            elif not front.is_behind:
+                self._send(front, encode(frames.Beat(self.epoch, front.num_taken)))
 
     def _drop(self, front: _FrontRecord, commands: list[engine_loop.Command]) -> None:
         commands += [engine_loop.Cancel(front.number << _HANDLE_BITS | own) for own in front.num_sequences]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pageflight.core.errors import Cancelled, DeadlineExceeded, EngineLost, PageflightError
 from pageflight.core.events import TokenEvent, Usage
 from pageflight.core.plan import Finished
 from pageflight.core.request import Request, SamplingParams
-from pageflight.loop.deaths import SUSPECT_AT
+from pageflight.loop.deaths import Suspicion
 from pageflight.text.stop import StopMatcher, StopSequences, StopStrings
 
 if TYPE_CHECKING:
@@ -87,13 +87,14 @@ class OpenSequence:
         "generation",
         "handle",
         "index",
+        "is_accepted",
         "last_token_ns",
         "leader",
         "output_ids",
         "output_log_probs",
-        "points",
         "shown_ids",
         "sink",
+        "suspicion",
         "told_ns",
     )
 
@@ -121,8 +122,9 @@ class OpenSequence:
         """What the client is told of that reason, where it is not what the reason says."""
         self.alone = generation.sampling.n == 1
         """Whether the core knows it as a request of its own."""
-        self.points = 0
-        """What the deaths of cores since its last token say against it (`deaths`)."""
+        self.is_accepted = False
+        """A core has said that it took it in."""
+        self.suspicion = Suspicion()
         self._stops = stops
         self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=generation.skip_special_tokens)
         self._matcher = StopMatcher(stops.strings) if stops.strings is not None else None
@@ -137,6 +139,11 @@ class OpenSequence:
     def deadline_s(self) -> float | None:
         timeout_ms = self.generation.timeout_ms
         return None if timeout_ms is None else self.arrival_s + timeout_ms / 1000
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a core, be it dead, has taken it in: limits of the queue are behind it."""
+        return self.is_accepted or bool(self.output_ids) or self.suspicion.points > 0
 
     def take(self) -> str:
         """Move the fresh ids to the output and return the text they complete. Sets `ending` when a stop is found;
@@ -284,19 +291,4 @@ def request_of(
         tenant=generation.tenant,
         cache_salt=generation.cache_salt,
         kv_retention_priority=generation.kv_retention_priority,
-    )
-
-
-def replay_of(sequence: OpenSequence) -> Request:
-    """What a new core needs to carry on with one sequence, alone."""
-    request = request_of(
-        sequence.generation, handle=sequence.handle, arrival_s=sequence.arrival_s, deadline_s=sequence.deadline_s
-    )
-    return replace(
-        request,
-        sampling=replace(request.sampling, n=1),
-        sequence_index=sequence.index,
-        output_ids=tuple(sequence.output_ids),
-        is_taken_over=True,
-        is_suspect=sequence.points >= SUSPECT_AT,
     )

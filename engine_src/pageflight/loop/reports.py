@@ -1,22 +1,36 @@
-"""What a core tells its supervisor through a pipe: one JSON line each."""
+"""What a core tells its supervisor through a pipe, one JSON line each; and the one thing it is told."""
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import Literal
 
 import msgspec
 
 Kind = Literal["progress", "ready", "beat", "failed"]
 
+DRAIN_SIGNAL = signal.SIGUSR1
+"""Asks a core to finish what is open and end. Not SIGTERM: whoever stops a whole control group sends that to the core
+as well, while its server still takes requests."""
+
+
+class CacheSize(msgspec.Struct, frozen=True, kw_only=True):
+    """What a core could take in: its successors must be able to as well. The host tier's size is a setting, never
+    computed from free memory."""
+
+    num_blocks: int
+    max_sequence_len: int
+
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`progress` while it starts (`message` says with what), `ready` once, `beat` while its loop turns, `failed` with
-    the error's class name and message before it exits by itself."""
+    """`progress` while it starts (`message` says with what), `ready` once with `cache`, `beat` while its loop turns,
+    `failed` with the error's class name and message before it exits by itself."""
 
     kind: Kind
     message: str = ""
     error: str = ""
+    cache: CacheSize | None = None
 
 
 class Reporter:

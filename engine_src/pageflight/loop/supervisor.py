@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pageflight.core.errors import CheckpointError, ConfigError, EngineLost, ManifestMismatch, PageflightError
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.deaths import MAX_KEPT, Death, is_crash, write_deaths
-from pageflight.loop.reports import Report, parse_reports
+from pageflight.loop.reports import DRAIN_SIGNAL, CacheSize, Report, parse_reports
 from pageflight.loop.status import CoreStatus, write_status
 from pageflight.loop.step_trace import read_trace
 
 log = logging.getLogger(__name__)
 
 _PERMANENT = frozenset(cls.__name__ for cls in (ManifestMismatch, CheckpointError, ConfigError))
-"""Errors that another try cannot mend."""
+"""Errors that another try cannot mend, unless the same engine has been ready before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,9 @@ class SupervisorConfig:
     max_failed_starts: int = 4
     """So many starts in a row that failed before they were ready, and the core is given up."""
     max_killed_starts: int = 20
-    """The same for starts that somebody killed."""
+    """The same for starts that somebody killed, and for those that lacked what an earlier one had, such as memory."""
+    max_useless_lives: int = 8
+    """So many cores in a row that were ready and completed not one step, and the engine is given up: it is broken."""
     backoff_s: float = 0.1
     """A core that lived for long, or completed a step, is started again at once; after a second useless life in a row
     there is this pause, and after each further one twice the last, up to `max_backoff_s`."""
@@ -49,19 +51,24 @@ class Supervisor:
 
     def __init__(
         self,
-        command: Callable[[int, int], Sequence[str]],
+        command: Callable[[int, int, CacheSize | None], Sequence[str]],
         address: CoreAddress,
         *,
         environment: dict[str, str] | None = None,
         config: SupervisorConfig | None = None,
     ) -> None:
-        """`command(report_fd, trace_fd)` is the core's command line with its end of the pipe and its memory file."""
+        """`command(report_fd, trace_fd, cache)`: the core's command line with its end of the pipe and its memory file.
+
+        `cache` is the size of the first core's cache. Made from the memory that is free at each start it could be less,
+        and sequences that one core had accepted would not fit the next; None for the first.
+        """
         self._command, self._address, self._environment = command, address, environment
         self._config = config or SupervisorConfig()
         self._changed = threading.Condition()
         self._status = CoreStatus(state="starting", supervisor_pid=os.getpid())
         self._process: subprocess.Popen[bytes] | None = None
         self._trace_fd = -1
+        self._cache: CacheSize | None = None
         self._deaths: list[Death] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="core-supervisor", daemon=True)
@@ -92,7 +99,7 @@ class Supervisor:
         self._closing.set()
         process = self._process
         if process is not None:
-            process.terminate()
+            process.send_signal(DRAIN_SIGNAL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(drain_timeout_s)
             if process.poll() is None:
@@ -121,6 +128,9 @@ class Supervisor:
             log.error("engine core ended: %s: %s", life.failure.error, life.failure.message)
             pause_s = patience.after(life)
             error, message = life.failure.error, life.failure.message
+            if patience.has_been_ready:  # what clients are told: their requests were valid, whatever the core lacks
+                error = EngineLost.__name__
+                message = message if life.was_ready else f"the engine core does not start again: {message}"
             if pause_s is None:
                 return self._set(state="lost", error=error, message=message, core_pid=0)
             state = "starting" if self._status.state == "starting" else "restarting"
@@ -136,7 +146,7 @@ class Supervisor:
         try:
             try:
                 process = subprocess.Popen(
-                    self._command(writer, self._trace_fd),
+                    self._command(writer, self._trace_fd, self._cache),
                     pass_fds=(writer, self._trace_fd),
                     stdin=subprocess.DEVNULL,
                     env=self._environment,
@@ -147,7 +157,7 @@ class Supervisor:
                 os.close(writer)
             self._process = process
             if self._closing.is_set():
-                process.terminate()
+                process.send_signal(DRAIN_SIGNAL)
             was_ready, failure = self._watch(process, reader)
             code = process.wait()
         finally:
@@ -164,6 +174,7 @@ class Supervisor:
             was_ready=was_ready,
             of_itself=of_itself,
             num_steps=last_words.steps if last_words is not None else 0,
+            was_in_step=last_words is not None and bool(last_words.handles),
             seconds=time.monotonic() - born_s,
         )
 
@@ -201,6 +212,7 @@ class Supervisor:
             for report in parse_reports(buffer):
                 if report.kind == "ready":
                     ready = True
+                    self._cache = self._cache or report.cache
                     self._set(state="ready", core_pid=process.pid, error="", message="", progress="")
                 elif report.kind == "progress":
                     self._set(progress=report.message, core_pid=process.pid)
@@ -232,6 +244,7 @@ class _Life:
     failure: Report
     was_ready: bool = False
     of_itself: bool = True
+    was_in_step: bool = False
     num_steps: int = 0
     seconds: float = 0.0
 
@@ -241,20 +254,30 @@ class _Patience:
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._config = config
-        self._failed_starts = self._killed_starts = self._short_lives = 0
+        self.has_been_ready = False
+        self._failed_starts = self._patient_starts = self._useless_lives = self._short_lives = 0
 
     def after(self, life: _Life) -> float | None:
         """Seconds to wait before the next start; None: there is none."""
         config = self._config
+        is_setting = life.failure.error in _PERMANENT
         if life.was_ready:
-            self._failed_starts = self._killed_starts = 0
-        elif life.of_itself:
+            self.has_been_ready = True
+            self._failed_starts = self._patient_starts = 0
+        elif life.of_itself and not (is_setting and self.has_been_ready):
             self._failed_starts += 1
         else:
-            self._killed_starts += 1
-        if life.failure.error in _PERMANENT or self._failed_starts >= config.max_failed_starts:
-            return None
-        if self._killed_starts >= config.max_killed_starts:
+            self._patient_starts += 1
+        if life.num_steps:
+            self._useless_lives = 0
+        else:
+            self._useless_lives += life.was_ready and (life.of_itself or life.was_in_step)
+        if (
+            (is_setting and not self.has_been_ready)
+            or self._failed_starts >= config.max_failed_starts
+            or self._patient_starts >= config.max_killed_starts
+            or self._useless_lives >= config.max_useless_lives
+        ):
             return None
         self._short_lives = 0 if life.num_steps or life.seconds >= config.long_life_s else self._short_lives + 1
         if self._short_lives <= 1:

@@ -60,7 +60,7 @@ class Batch:
         leader.followers, leader.leader, leader.state = followers, None, State.WAITING
         for follower in followers:
             follower.leader, follower.state = leader, State.FORKING
-        if leader.request.is_suspect:
+        if leader.request.trial_tokens:
             self.trials.hold(leader)
         else:
             self.waiting.push(leader)
@@ -150,6 +150,19 @@ class Batch:
                 self.draft.table.append((sequence.row, state.append_block(sequence.row, block), block))
         return self.rows_decoding()
 
+    def room_for_accused(self, accused: Sequence) -> None:
+        """A block for the last token of the sequence that is alone in this step; may preempt any other.
+
+        Never itself: it would wait and then run among others, its trial not over.
+        """
+        state, row, space = self.rows, accused.row, self.space
+        if state.num_known[row] <= state.num_blocks[row] * space.block_size:
+            return
+        while not space.pool.num_free:
+            self.preempt(self.victim(spared=accused))
+        (block,) = space.pool.allocate(1)
+        self.draft.table.append((row, state.append_block(row, block), block))
+
     def rows_decoding(self) -> NDArray[np.int32]:
         if self._decode_rows is None:
             self._decode_rows = np.flatnonzero(self.rows.decoding).astype(np.int32)
@@ -161,12 +174,15 @@ class Batch:
 
     # ---- leaving ------------------------------------------------------------------------------------------------
 
-    def victim(self) -> Sequence:
+    def victim(self, spared: Sequence | None = None) -> Sequence:
         """The running sequence that the policy serves last: of the tenant most above its share, then of the worst rank.
 
-        At least one row is held.
+        At least one row is held by another than `spared`.
         """
-        return self.rows.held_by(int(self._by_rank(self.rows.held())[-1]))
+        rows = self.rows.held()
+        if spared is not None:
+            rows = rows[rows != spared.row]
+        return self.rows.held_by(int(self._by_rank(rows)[-1]))
 
     def preempt(self, sequence: Sequence) -> None:
         """Take row and blocks from a running sequence; it waits with its tokens and computes them again.

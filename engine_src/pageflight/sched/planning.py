@@ -61,7 +61,7 @@ class Planner:
             self._commit(chunks)
         return self._make_plan(decode_rows, chunks, now_s)
 
-    def _plan_trial(self, accused: Sequence, now_s: float) -> Flight | None:
+    def _plan_trial(self, accused: Sequence, now_s: float) -> Flight:
         """A step of one sequence; the others stand still."""
         batch, decode_rows, chunks = self._batch, self._no_rows, Chunks()
         if accused.state is State.HELD:
@@ -70,9 +70,7 @@ class Planner:
             self._add_chunk(chunks, accused, Budget(self._config.max_num_tokens))
             self._commit(chunks)
         else:
-            batch.room_for_decoding()
-            if accused.row < 0:  # it had the worst rank when blocks ran out: it waits like any other
-                return self.plan(now_s)
+            batch.room_for_accused(accused)
             decode_rows = np.array([accused.row], np.int32)
         flight = self._make_plan(decode_rows, chunks, now_s)
         batch.trials.planned(bool(flight.plan.samples[0]), self._can_go_on(accused))

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pageflight.sched.sequence import Sequence, State
 
 TRIAL_TOKENS = 2
-"""A step that samples is followed by one that feeds the sampled token back, and either may be the deadly one."""
+"""Of the shortest trial: a step that samples is followed by one that feeds the sampled token back, and either may be
+the deadly one."""
 
 
 class Trials:
@@ -17,7 +18,7 @@ class Trials:
     def __init__(self) -> None:
         self._held: deque[Sequence] = deque()  # those that ended meanwhile stay until they are met
         self._accused: Sequence | None = None
-        self._num_sampled = 0  # tokens that plans of this trial will bring
+        self._num_left = 0  # tokens that plans of this trial have yet to bring
         self.num_held = 0
 
     def hold(self, sequence: Sequence) -> None:
@@ -35,8 +36,8 @@ class Trials:
     def next(self) -> Sequence | None:
         """The sequence that must be alone in the next step; None if there is none."""
         accused = self._accused
-        if accused is not None and (accused.row < 0 or self._num_sampled == TRIAL_TOKENS):
-            self._accused = accused = None  # it ended, lost its row, or is cleared
+        if accused is not None and (accused.row < 0 or self._num_left <= 0):
+            self._accused = accused = None  # it ended, or is cleared
         if accused is not None:
             return accused
         while self._held and self._held[0].state is not State.HELD:
@@ -48,11 +49,11 @@ class Trials:
         assert self._held[0] is sequence
         self._held.popleft()
         self.num_held -= 1
-        self._accused, self._num_sampled = sequence, 0
+        self._accused, self._num_left = sequence, sequence.request.trial_tokens
 
     def planned(self, samples: bool, can_go_on: bool) -> None:
         """A step of the accused was planned; `can_go_on` False: it will have reached its full length."""
-        self._num_sampled = self._num_sampled + samples if can_go_on else TRIAL_TOKENS
+        self._num_left = self._num_left - samples if can_go_on else 0
 
     def check(self, open_sequences: Iterable[Sequence]) -> None:
         """Assert that exactly those in state HELD are held."""

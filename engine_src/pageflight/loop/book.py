@@ -1,0 +1,57 @@
+"""The open sequences of one front: by handle, by generation, and by when their time is over."""
+
+from __future__ import annotations
+
+from pageflight.core.errors import QueueFull
+from pageflight.loop.deadlines import Deadlines
+from pageflight.loop.frames import CoreLimits
+from pageflight.loop.open_sequence import OpenSequence
+
+
+class Book:
+    """Changed under the front's lock."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, OpenSequence] = {}
+        self.groups: dict[int, list[OpenSequence]] = {}
+        """What is open of each generation."""
+        self._deadlines = Deadlines(self.groups.__contains__)
+        self._next_handle = 0
+
+    def take_handles(self, count: int) -> int:
+        """The first of so many handles in a row."""
+        first = self._next_handle
+        self._next_handle += count
+        return first
+
+    def check_room(self, count: int, limits: CoreLimits) -> None:
+        """While no core answers, its front keeps the limit of its queue. Raises QueueFull."""
+        num_queued = len(self.open) - limits.max_num_seqs  # if all rows were taken
+        if num_queued + count > limits.max_queue_size:
+            raise QueueFull(max(0, num_queued), limits.max_queue_size)
+
+    def add(self, sequences: list[OpenSequence]) -> None:
+        """The sequences of one generation."""
+        leader = sequences[0]
+        self.open.update((sequence.handle, sequence) for sequence in sequences)
+        self.groups[leader.handle] = sequences
+        if leader.deadline_s is not None:
+            self._deadlines.add(leader.deadline_s, leader.handle)
+
+    def remove(self, sequence: OpenSequence) -> bool:
+        """False if it has been removed already."""
+        if self.open.pop(sequence.handle, None) is None:
+            return False
+        group = self.groups[sequence.leader]
+        group.remove(sequence)
+        if not group:
+            del self.groups[sequence.leader]
+        return True
+
+    def has_late(self, now_s: float) -> bool:
+        """Whether `pop_late` has anything to look at."""
+        return self._deadlines.has_expired(now_s)
+
+    def pop_late(self, now_s: float) -> list[OpenSequence]:
+        """Those whose deadline is not after `now_s`, told once."""
+        return [sequence for leader in self._deadlines.pop_expired(now_s) for sequence in self.groups[leader]]
