@@ -166,15 +166,6 @@ def decode_steps(case: Case) -> Iterator[DecodeSteps]:
 
 def _recorder(config: EngineConfig) -> Recorder:
     """Writes for real, to a file that is gone when it is closed."""
-    header = Header(
-        version="",
-        pid=0,
-        instance=0,
-        started_ns=0,
-        engine_dir="",
-        num_instances=1,
-        config=config,
-        vocab_size=VOCAB_SIZE,
-    )
+    header = Header(config=config, vocab_size=VOCAB_SIZE)
     with tempfile.TemporaryDirectory() as folder:
         return Recorder(Path(folder) / "run.rec", header)

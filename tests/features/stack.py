@@ -153,18 +153,10 @@ class Core:
             deterministic=limits.deterministic,
         )
         limits = replace(limits, replay_rows=self.runner.limits.replay_rows)
+        config = replace(config, scheduler=limits)
         self._recorder = None
         if recording is not None:
-            header = Header(
-                version="",
-                pid=0,
-                instance=0,
-                started_ns=0,
-                engine_dir="",
-                num_instances=1,
-                config=config,
-                vocab_size=model.vocab_size,
-            )
+            header = Header(config=config, vocab_size=model.vocab_size)
             self._recorder = Recorder(recording, header)
         self.scheduler = WatchedScheduler(
             limits, kv, vocab_size=model.vocab_size, recorder=self._recorder, check_every=int(check)

@@ -23,15 +23,6 @@ class RecordedSchedulerMachine(Counted, SchedulerMachine):
         super().teardown()
         if self.harness is None:
             return
-        header = Header(
-            version="",
-            pid=0,
-            instance=0,
-            started_ns=0,
-            engine_dir="",
-            num_instances=1,
-            config=EngineConfig(scheduler=self.harness.config, kv=self.harness.kv),
-            vocab_size=VOCAB_SIZE,
-        )
+        header = Header(config=EngineConfig(scheduler=self.harness.config, kv=self.harness.kv), vocab_size=VOCAB_SIZE)
         difference = replay(header, self.recorder.entries()).difference
         assert difference is None, str(difference)

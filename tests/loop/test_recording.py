@@ -60,16 +60,7 @@ READING = {"stats", "check", "space", "num_waiting", "has_work", "next_deadline_
 
 
 def header(config: EngineConfig = CONFIG) -> Header:
-    return Header(
-        version="0",
-        pid=1,
-        instance=0,
-        started_ns=0,
-        engine_dir="",
-        num_instances=1,
-        config=config,
-        vocab_size=VOCAB_SIZE,
-    )
+    return Header(config=config, vocab_size=VOCAB_SIZE)
 
 
 def record_busy_run(path: Path, policy: SchedulingPolicy, *, seed: int = 3, num_turns: int = 400) -> Scheduler:

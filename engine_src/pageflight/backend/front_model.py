@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def check_token_ids(options: Options, vocab_size: int) -> None:
             raise InvalidArgument(name, outside[0], f"token ids must be {minimum:g} to {vocab_size - 1}")
 
 
-class FrontModel:
+class FrontModel(ABC):
     """One instance of a Triton model with a front. Subclasses say what their inputs mean (`prompt_of`)."""
 
     _ledger: Ledger | None = None
@@ -117,9 +118,9 @@ class FrontModel:
         self.watch = CancellationWatch(self._end_with_the_server)
         self._was_ready = False
 
+    @abstractmethod
     def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
         """The prompt's ids, wishes in token ids, and the prompt's text when it is needed."""
-        raise NotImplementedError
 
     def reply_to(self, request: triton.TritonRequest) -> Reply:
         """The way back, noted in the ledger."""

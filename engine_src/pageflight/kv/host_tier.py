@@ -30,10 +30,6 @@ class HostTier:
         self._ins: dict[int, int] = {}  # block → slot whose content it gets with the next plan, pinned until then
 
     @property
-    def num_slots(self) -> int:
-        return self._cache.pool.num_blocks
-
-    @property
     def num_free(self) -> int:
         """Slots that are not pinned."""
         return self._cache.pool.num_free

@@ -29,12 +29,12 @@ Int32Array = NDArray[np.int32]
 class Header(msgspec.Struct, tag=0, array_like=True, frozen=True, kw_only=True):
     """Everything a scheduler is made of, and whose run this was."""
 
-    version: str
-    pid: int
-    instance: int
-    started_ns: int  # of the Unix epoch
-    engine_dir: str  # empty: a fake engine
-    num_instances: int
+    version: str = ""
+    pid: int = 0
+    instance: int = 0
+    started_ns: int = 0  # of the Unix epoch
+    engine_dir: str = ""  # empty: a fake engine
+    num_instances: int = 1
     config: EngineConfig  # resolved
     vocab_size: int
 
@@ -95,7 +95,7 @@ _rest_values = attrgetter(*_REST)
 def _bytes_of(value: object) -> bytes:
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    raise NotImplementedError(f"{type(value).__name__} cannot be recorded")
+    raise TypeError(f"{type(value).__name__} cannot be recorded")
 
 
 encode = msgspec.msgpack.Encoder(enc_hook=_bytes_of).encode

@@ -9,12 +9,13 @@ from pageflight.core.errors import ConfigError
 from pageflight.lowering import company
 from pageflight.lowering.base import CompiledModel, StepInputs
 from pageflight.lowering.passes import extend
+from pageflight.lowering.wrapped import WrappedModel
 
 LEAST_ROWS = (1, 64)
 """Rows that products may have at least, in the order in which they are tried: small products may split their sums."""
 
 
-class PaddedModel:
+class PaddedModel(WrappedModel):
     """Fills up passes with tokens that nobody reads, until the engine computes every row as if it were alone.
 
     An attention kernel that has fewer rows than threads, and one token in each, splits every row's context between the
@@ -24,10 +25,8 @@ class PaddedModel:
 
     def __init__(self, model: CompiledModel, *, name: str, max_num_tokens: int) -> None:
         """`name` is the engine's in errors; `max_num_tokens` the most that a step can have."""
-        self.block_size, self.vocab_size = model.block_size, model.vocab_size
-        self.kv_bytes_per_block, self.token_tile, self.replay_rows = model.kv_bytes_per_block, model.token_tile, 1
-        self._model, self._name = model, name
-        self.num_threads, self._max_num_tokens = model.num_threads, max_num_tokens
+        super().__init__(model, token_tile=model.token_tile, replay_rows=1)
+        self._name, self._max_num_tokens = name, max_num_tokens
         self._least_rows = LEAST_ROWS[0]
         self._spare = np.zeros(0, np.int32)  # blocks that the tokens nobody reads are written to
         self._num_logits = 0
@@ -64,15 +63,3 @@ class PaddedModel:
 
     def wait(self) -> NDArray[np.float32]:
         return self._model.wait()[: self._num_logits]
-
-    def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
-        self._model.copy_blocks(sources, targets)
-
-    def copy_out(self, blocks: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
-        self._model.copy_out(blocks, slots)
-
-    def copy_in(self, slots: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
-        self._model.copy_in(slots, blocks)
-
-    def close(self) -> None:
-        self._model.close()

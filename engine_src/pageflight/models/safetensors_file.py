@@ -75,10 +75,6 @@ class SafetensorsFile:
         count = (record.end - record.begin) // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, record.begin).reshape(record.shape)
 
-    def forget_pages(self) -> None:
-        """Let the kernel drop the pages read so far; they come back from disk when touched again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
 
 def _read_header(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, str], dict[str, TensorRecord]]:
     def damaged(reason: str) -> CheckpointError:
