@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import requests
 import tritonclient.grpc as triton
+from commands import serving
 from grpc_stream import Stream, stream, tensor, text_tensor
 from servers import Server, running_server, wait_for
 from tritonclient.utils import InferenceServerException
 
-from pageflight.loop.address import drain_marker
+from pageflight.loop.address import drain_marker, instance_address
+from pageflight.loop.status import read_status
 from pageflight_build.triton_config import Deployment, write_repository
 
 NAME = "tiny"
@@ -29,13 +31,23 @@ PROMPTS = [f"the fox number {number} runs" for number in range(6)]
 @pytest.fixture(scope="module")
 def slow_repository(repository: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """An engine without a model, 20 ms a step."""
+    return without_model(repository, tmp_path_factory.mktemp("drain"), step_s=0.02)
+
+
+@pytest.fixture(scope="module")
+def very_slow_repository(repository: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A fifth of a second a step: no client is so late that a stream is over when it hears of its first token."""
+    return without_model(repository, tmp_path_factory.mktemp("slow"), step_s=0.2)
+
+
+def without_model(repository: tuple[Path, int], folder: Path, *, step_s: float) -> tuple[Path, int]:
+    """The repository with an engine whose steps take so long and compute nothing."""
     built, vocab_size = repository
-    folder = tmp_path_factory.mktemp("drain") / "repository"
-    fake = f'{{"kind":"checking","vocab_size":{vocab_size},"step_s":0.02}}'
-    write_repository(folder, Deployment(name=NAME, max_num_seqs=16, fake_engine=fake))
-    artifacts = folder / "engine" / "1" / "artifacts"
+    fake = f'{{"kind":"checking","vocab_size":{vocab_size},"step_s":{step_s}}}'
+    write_repository(folder / "repository", Deployment(name=NAME, max_num_seqs=16, fake_engine=fake))
+    artifacts = folder / "repository" / "engine" / "1" / "artifacts"
     artifacts.symlink_to(built / "engine" / "1" / "artifacts", target_is_directory=True)
-    return folder, vocab_size
+    return folder / "repository", vocab_size
 
 
 def options(max_tokens: int, *, batched: bool = False) -> list[triton.InferInput]:
@@ -134,3 +146,27 @@ def test_a_draining_server_refuses_new_requests_and_finishes_the_open_ones(slow_
         assert [future.result().num_final for future in asked] == [1] * len(PROMPTS)
         drained.result()  # not its status: Triton waits for HTTP connections that were refused, and gives up on them
         assert not drain_marker(server.process.pid).exists()
+
+
+def test_ctrl_c_lets_an_open_stream_finish(very_slow_repository: tuple[Path, int]) -> None:
+    """As a person ends it: the command prints, refuses, waits, and leaves with status 0."""
+    folder, vocab_size = very_slow_repository
+    with serving(folder, NAME, vocab_size, "--exit-timeout-secs", "40") as served, ThreadPoolExecutor(1) as pool:
+        server_pid, begun = served.server_pid, threading.Event()
+        core = read_status(instance_address(folder, "engine", 0, server_pid=server_pid).status)
+        assert core is not None
+        asked = pool.submit(ask, served, PROMPTS[0], NAME, 25, begun)
+        assert begun.wait(10)
+        os.kill(core.core_pid, signal.SIGSTOP)  # whatever the machine is busy with, the stream is open meanwhile
+        try:
+            served.process.send_signal(signal.SIGINT)
+            assert wait_for(lambda: drain_marker(server_pid).exists() or served.process.poll() is not None)
+            assert "shutting down" in str(ask(served, PROMPTS[1], NAME, 2).errors[0])
+            assert not asked.done()
+        finally:
+            os.kill(core.core_pid, signal.SIGCONT)
+        finished = asked.result()
+        assert finished.errors == [] and finished.num_final == 1
+        assert len(finished.joined()) > 0
+        assert served.process.wait(timeout=60) == 0
+        assert served.has_printed("draining") and not served.has_printed("cut off")

@@ -1,11 +1,10 @@
-"""What decides who runs, behind the real server: tenants, a cache that is too small, host memory, and Ctrl-C."""
+"""What decides who runs, behind the real server: tenants, a cache that is too small, host memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,12 @@ from grpc_stream import Stream, stream, tensor, text_tensor
 from servers import wait_for
 from tritonclient.utils import InferenceServerException
 
-from pageflight.loop.address import drain_marker
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.recipe import build
 
 NAME = "tiny"
 BLOCK_BYTES = 1 << 14  # of the tiny model in fp32, 32 tokens
 NUM_TOKENS = 440  # 15 blocks with the prompt
-NUM_ANSWERS = 12
 QUOTAS = {"tenants": {"shop": {"weight": 3}, "small": {"max_running": 1, "max_waiting": 2}}}
 
 
@@ -60,7 +57,7 @@ def shared(repository: tuple[Path, int], tmp_path_factory: pytest.TempPathFactor
     build(
         BuildOptions(checkpoint=checkpoint, repository=folder / "repository", name=NAME, engine=engine, serving=options)
     )
-    with serving(folder / "repository", NAME, vocab_size, "--exit-timeout-secs", "40") as running:
+    with serving(folder / "repository", NAME, vocab_size) as running:
         yield Shared(running, tenants)
 
 
@@ -135,23 +132,3 @@ def test_a_quota_names_its_tenant_and_is_read_again(shared: Shared) -> None:
     assert wait_for(lambda: refusal(shared, "small") == "")
     shared.tenants.write_text("{")
     assert refusal(shared, "small") == "", "a file with a mistake changes nothing"
-
-
-def test_ctrl_c_lets_an_open_stream_finish(shared: Shared) -> None:
-    """The last test: it ends the server, as a person would."""
-    served, begun = shared.served, threading.Event()
-    server_pid = served.server_pid
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, served, 1, tenant="shop", num_answers=NUM_ANSWERS, begun=begun)
-        assert begun.wait(10)
-        served.process.send_signal(signal.SIGINT)
-        assert wait_for(lambda: drain_marker(server_pid).exists() or served.process.poll() is not None)
-        assert not asked.done(), f"the stream was too short to show anything: {asked.result().errors}"
-        assert "shutting down" in str(ask(served, 2, tenant="shop").errors[0])
-        finished = asked.result()
-    assert finished.errors == [] and finished.num_final == 1
-    assert finished.last("finish_reason").ravel().tolist() == [b"length"]
-    indices = [int(result.as_numpy("sequence_index").ravel()[0]) for result in finished.results]
-    assert set(indices) == set(range(NUM_ANSWERS))
-    assert served.process.wait(timeout=60) == 0
-    assert served.has_printed("draining") and not served.has_printed("cut off")
