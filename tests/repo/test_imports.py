@@ -32,6 +32,8 @@ LEAVES = {
     "openvino": {"lowering"},
     "torch": {"lowering", "kernels", "runners", "quant"},
     "triton": {"kernels", "lowering", "runners"},
+    "tensorrt": {"lowering"},
+    "tensorrt_rtx": {"lowering"},
     "transformers": set(),
     "triton_python_backend_utils": {"backend"},
     "tritonclient": {"cli", "pageflight_build"},

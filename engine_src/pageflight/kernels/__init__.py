@@ -1,0 +1,1 @@
+"""Kernels in the Triton language: what a GPU runs between and around matrix products."""
