@@ -13,10 +13,13 @@ from openvino import CompiledModel, Shape, Tensor  # type: ignore[import-untyped
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.base import StepInputs
+from pageflight.lowering.touch_ahead import TouchAhead
 
 _CACHE_KINDS = ("key_cache", "value_cache")
 TOKEN_TILE = 64
 """Tokens that the CPU plugin's matrix products block together: 65 took a fifth to a half longer than 64."""
+_CONTEXT_STEP = 32  # tokens of its blocks
+_CONTEXT_GROWTH = 1.5
 
 
 class OpenVinoModel:
@@ -39,7 +42,8 @@ class OpenVinoModel:
         self.kv_bytes_per_block = sum(_num_bytes(*layout) for layout in self._block_shapes.values())
         self._blocks: list[NDArray[np.uint8]] = []  # per layer and kind, [num_blocks, bytes of a block]
         self._slots: list[NDArray[np.uint8]] = []  # the same on the host: of their own, though in the same memory here
-        self._num_logits = 0
+        self._touching = TouchAhead(())
+        self._num_logits = self._most_context = 0
         self._bound: dict[str, tuple[NDArray[Any], Tensor]] = {}  # tensors borrow the arrays of a pass: both must live
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
@@ -56,6 +60,7 @@ class OpenVinoModel:
                 ) from None
             self._request.set_tensor(self._ports[name], Tensor(blocks, Shape([num_blocks, *shape]), element))
             self._blocks.append(blocks)
+        self._touching = TouchAhead(self._blocks)
 
     def start(self, inputs: StepInputs) -> None:
         assert self._blocks, "allocate comes first"
@@ -67,7 +72,7 @@ class OpenVinoModel:
             ("token_begins", inputs.token_begins),
             ("block_indices", inputs.block_indices_N),
             ("block_begins", inputs.block_begins),
-            ("max_context_len", np.array(inputs.max_context_len, np.int32)),
+            ("max_context_len", np.array(self._context_bound(inputs.max_context_len), np.int32)),
         )
         self._num_logits = len(inputs.take_L)
         bound = self._bound
@@ -76,8 +81,21 @@ class OpenVinoModel:
                 continue  # decode steps share most arrays with the step before
             tensor = Tensor(array, shared_memory=True)
             self._request.set_tensor(self._ports[name], tensor)
+            if name == "block_indices":
+                self._touching.reach(int(array.max()))
             bound[name] = (array, tensor)
         self._request.start_async()
+
+    def _context_bound(self, longest: int) -> int:
+        """What the plugin is told to be the longest context of a pass.
+
+        Whenever it is told of a longer one than ever, its attention compiles its kernels anew, in every layer: block by
+        block, while sequences grow. So it is told of much more then; loops go over what it is told otherwise.
+        """
+        if longest <= self._most_context:
+            return longest
+        self._most_context = -(-int(longest * _CONTEXT_GROWTH) // _CONTEXT_STEP) * _CONTEXT_STEP
+        return self._most_context
 
     def wait(self) -> NDArray[np.float32]:
         self._request.wait()
@@ -98,6 +116,7 @@ class OpenVinoModel:
 
     def close(self) -> None:
         """Free everything: first what reads memory, then the memory. The model cannot be used afterwards."""
+        self._touching.close()
         self._request = self._compiled = None
         self._ports.clear()
         self._blocks.clear()
