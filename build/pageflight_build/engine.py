@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import MANIFEST_NAME, EngineManifest, FileRecord
-from pageflight.lowering import registry
+from pageflight.lowering.base import Lowering
 from pageflight.models.checkpoint import Checkpoint, open_checkpoint
 from pageflight.models.config import DecoderConfig
+from pageflight.quant.forms import check_group_size, default_group_size
 from pageflight_build.checkpoint_files import TextFacts, read_text_facts
-from pageflight_build.machine import cpu_flags, default_dtype
 from pageflight_build.options import EngineOptions
+from pageflight_build.target import chosen_dtype
 
 _READ_BYTES = 1 << 22
 
@@ -35,35 +36,34 @@ def read_source(folder: Path) -> Source:
     return Source(folder=folder, config=config, weights=weights, text=read_text_facts(folder, config))
 
 
-def resolve_engine_options(options: EngineOptions, config: DecoderConfig) -> EngineOptions:
-    """Every open choice made: dtype for this CPU, cache dtype for that, the model's own length.
+def resolve_engine_options(options: EngineOptions, config: DecoderConfig, lowering: Lowering) -> EngineOptions:
+    """Every open choice made: dtype for the target, cache dtype for that, the model's own length.
 
     Raises ConfigError when `max_model_len` is beyond what the model was made for, ConfigError or CheckpointError for
     what the target cannot run here.
     """
-    lowering = registry.get(options.engine)
-    dtype = options.dtype or default_dtype(cpu_flags())
+    dtype = chosen_dtype(options)
     kv_dtype = options.kv_dtype or lowering.default_kv_dtype(dtype)
-    if options.group_size and dtype != "int8":
-        raise ConfigError(f"group_size={options.group_size}: only dtype int8 has groups, dtype is {dtype}")
+    check_group_size(dtype, options.group_size)
+    group_size = options.group_size or default_group_size(config, dtype)
     if options.max_model_len > config.max_positions:
         raise ConfigError(
             f"max_model_len={options.max_model_len}: the model was made for {config.max_positions} positions"
         )
-    lowering.check(config, dtype, kv_dtype, options.group_size)
+    lowering.check(config, dtype, kv_dtype, group_size)
     return replace(
         options,
         dtype=dtype,
+        group_size=group_size,
         kv_dtype=kv_dtype,
         max_model_len=options.max_model_len or config.max_positions,
     )
 
 
-def make_manifest(name: str, source: Source, options: EngineOptions) -> EngineManifest:
+def make_manifest(name: str, source: Source, options: EngineOptions, lowering: Lowering) -> EngineManifest:
     """The manifest without its files. `options` must be resolved."""
     assert options.dtype and options.kv_dtype and options.max_model_len, "options are resolved first"
     config, text = source.config, source.text
-    lowering = registry.get(options.engine)
     return EngineManifest(
         name=name,
         family=config.family,

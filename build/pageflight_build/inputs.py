@@ -9,14 +9,14 @@ from importlib import metadata
 from pathlib import Path
 
 from pageflight import __version__
-from pageflight_build.machine import cpu_flags, default_dtype
-from pageflight_build.options import EngineOptions
+from pageflight_build.options import EngineOptions, ServingOptions
 from pageflight_build.source import WANTED
+from pageflight_build.target import chosen_dtype, limits_of_steps, package_name
 
 _SMALL_BYTES = 1 << 20
 
 
-def engine_inputs(checkpoint: Path, options: EngineOptions) -> str:
+def engine_inputs(checkpoint: Path, options: EngineOptions, serving: ServingOptions) -> str:
     """sha256 over options, versions and the checkpoint's files.
 
     Small files count by their bytes, weights by name, size and time of change: hashing tens of gigabytes to learn that
@@ -24,9 +24,10 @@ def engine_inputs(checkpoint: Path, options: EngineOptions) -> str:
     """
     digest = hashlib.sha256()
     chosen = asdict(options)
-    chosen["dtype"] = options.dtype or default_dtype(cpu_flags())
-    versions = {"pageflight": __version__, options.engine: _version(options.engine)}
-    digest.update(json.dumps([chosen, versions], sort_keys=True).encode())
+    chosen["dtype"] = chosen_dtype(options)
+    package = package_name(options)
+    versions = {"pageflight": __version__, package: _version(package)}
+    digest.update(json.dumps([chosen, versions, limits_of_steps(options, serving)], sort_keys=True).encode())
     for path in sorted({path for pattern in WANTED for path in checkpoint.glob(pattern) if path.is_file()}):
         status = path.stat()
         digest.update(f"\n{path.relative_to(checkpoint).as_posix()} {status.st_size} ".encode())

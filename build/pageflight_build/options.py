@@ -6,12 +6,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pageflight.core.config import KVAdmission, SchedulerConfig, SchedulingPolicy
+from pageflight.core.config import KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy
 from pageflight.core.errors import ConfigError
 
-ENGINES = ("openvino", "torch")
-DTYPES = ("fp32", "bf16", "int8")
-KV_DTYPES = ("fp32", "bf16", "u8")
+ENGINES = ("openvino", "tensorrt", "torch")
+FLAVORS = ("rtx", "full")
+WEIGHTS = ("input", "constant")
+DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+GROUPED_DTYPES = ("int8", "int4")
+KV_DTYPES = ("fp32", "fp16", "bf16", "u8")
 RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -42,7 +45,11 @@ class EngineOptions:
     """What shapes the engine: another value here means another conversion.
 
     `dtype` and `kv_dtype` None are chosen for machine and model; `max_model_len` 0 is the model's own. `group_size` is
-    of int8: inputs per scale, 0 means one scale per output channel, which is the fastest.
+    the inputs per scale of integer weights; 0 is one scale per output channel for int8, which is the fastest, and the
+    largest of 128, 64 and 32 that fits for int4.
+
+    Of tensorrt only: `flavor`, the package that builds; `compute_capability`, the GPUs to build for, 89 being 8.9, none
+    all that it can; `weights`, whether they are inputs of the engines or constants in them.
     """
 
     engine: str = "openvino"
@@ -50,17 +57,28 @@ class EngineOptions:
     group_size: int = 0
     kv_dtype: str | None = None
     max_model_len: int = 0
+    flavor: str = "rtx"
+    compute_capability: tuple[int, ...] = ()
+    weights: str = "input"
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)
+        _one_of("flavor", self.flavor, FLAVORS)
+        _one_of("weights", self.weights, WEIGHTS)
+        if self.engine != "tensorrt":
+            defaults = {"flavor": "rtx", "compute_capability": (), "weights": "input"}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(f"{name}={getattr(self, name)!r}: only engine tensorrt has it, not {self.engine}")
         if self.dtype is not None:
             _one_of("dtype", self.dtype, DTYPES)
         if self.kv_dtype is not None:
             _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _at_least("group_size", self.group_size, 0)
         _at_least("max_model_len", self.max_model_len, 0)
-        if self.group_size > 0 and self.dtype not in (None, "int8"):
-            raise ConfigError(f"group_size={self.group_size}: only dtype int8 has groups, dtype is {self.dtype}")
+        if self.group_size > 0 and self.dtype not in (None, *GROUPED_DTYPES):
+            known = " and ".join(GROUPED_DTYPES)
+            raise ConfigError(f"group_size={self.group_size}: only dtypes {known} have groups, dtype is {self.dtype}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +101,7 @@ class ServingOptions:
     ageing_s: float = 60.0
     tenants: str = ""
     kv_admission: KVAdmission = "forecast"
+    gpu_memory_utilization: float = 0.9
     kv_watermark: float = 0.01
     target_inter_token_ms: float = 0.0
     hang_limit_s: int = 60
@@ -102,6 +121,7 @@ class ServingOptions:
         for name in (*_BYTES, "threads", "response_rate"):
             _at_least(name, getattr(self, name), 0)
         self.scheduler(max_model_len=1)  # refuses what cannot work
+        KVConfig(gpu_memory_utilization=self.gpu_memory_utilization)
         if self.instances > 64:
             raise ConfigError(f"instances={self.instances}: at most 64 fit one server")
         check_name("engine_name", self.engine_name)
@@ -139,6 +159,14 @@ class BuildOptions:
         check_name("name", self.name)
         if self.name == self.serving.engine_name:
             raise ConfigError(f"name={self.name!r}: the engine model has that name already; choose another --name")
+
+
+def parse_capabilities(text: str) -> tuple[int, ...]:
+    """Compute capabilities of "89,120", of "8.9 12.0" or of nothing, in rising order. Raises ConfigError else."""
+    parts = [part.replace(".", "") for part in text.replace(",", " ").split()]
+    if not all(re.fullmatch(r"[0-9]{2,3}", part) for part in parts):
+        raise ConfigError(f"compute_capability={text!r}: write numbers such as 89,120")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def parse_bytes(text: str) -> int:

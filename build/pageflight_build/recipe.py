@@ -1,7 +1,8 @@
 """The build: named stages from a checkpoint to a repository in its place.
 
-read → convert → describe → verify → assemble. Everything happens in a folder beside the target; the last act is to give
-that folder the target's name. A build that fails or is interrupted leaves the target as it was.
+read → convert → describe → verify → assemble. Engines that are compiled ahead of time, for devices that need not be
+here, have a stage for it instead of the one that verifies. Everything happens in a folder beside the target; the last
+act is to give that folder the target's name. A build that fails or is interrupted leaves the target as it was.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
-from pageflight.lowering import registry
+from pageflight.lowering.base import AheadOfTime, Lowering
 from pageflight.quant.convert import convert
 from pageflight.quant.store import WEIGHTS_NAME
 from pageflight_build import repository
@@ -26,6 +28,7 @@ from pageflight_build.progress import BuildProgress, Silent, StageReport
 from pageflight_build.record import ModelRecord
 from pageflight_build.reference import reference_logits
 from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
+from pageflight_build.target import lowering_of
 from pageflight_build.verify import REFERENCE_MAX_PARAMETERS, verification_ids, verify
 
 
@@ -63,11 +66,12 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
         wanted = ModelRecord(
             name=options.name,
             checkpoint=str(options.checkpoint),
-            engine_inputs=engine_inputs(options.checkpoint, options.engine),
+            engine_inputs=engine_inputs(options.checkpoint, options.engine, options.serving),
             serving=options.serving,
             default=options.default,
         )
-        kept = None if options.force else repository.engine_kept(target, record, wanted)
+        lowering = lowering_of(options.engine, options.serving)
+        kept = None if options.force else repository.engine_kept(target, record, wanted, lowering)
         if kept is not None and repository.unchanged(record, wanted):
             manifest = EngineManifest.read(kept)
             seconds = time.monotonic() - started
@@ -80,7 +84,7 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             if kept is not None:
                 link_or_copy(kept, artifacts)
             else:
-                _run(_Engine(options, artifacts).stages(), progress)
+                _run(_Engine(options, lowering, artifacts).stages(), progress)
             root = staged / "repository"
             _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
             put_in_place(root, target)
@@ -98,25 +102,27 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
 class _Engine:
     """The stages that make an engine directory at `folder`."""
 
-    def __init__(self, options: BuildOptions, folder: Path) -> None:
+    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path) -> None:
         self._build = options
+        self._lowering = lowering
         self._folder = folder
         self._source: Source
         self._options: EngineOptions
         self._manifest: EngineManifest
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            Stage(title="read", run=self._read),
-            Stage(title="convert", run=self._convert),
-            Stage(title="describe", run=self._describe),
-            Stage(title="verify", run=self._verify),
-        )
+        convert, describe = Stage(title="convert", run=self._convert), Stage(title="describe", run=self._describe)
+        if isinstance(self._lowering, AheadOfTime):  # for a device that is not here: nobody can ask the engine anything
+            compile_ = Stage(title="compile", run=partial(self._compile, self._lowering))
+            return (Stage(title="read", run=self._read), convert, compile_, describe)
+        return (Stage(title="read", run=self._read), convert, describe, Stage(title="verify", run=self._verify))
 
     def _read(self, report: StageReport) -> str:
         self._source = read_source(self._build.checkpoint)
         config = self._source.config
-        self._options = resolve_engine_options(self._build.engine, config)
+        self._options = resolve_engine_options(self._build.engine, config, self._lowering)
+        if self._build.serving.deterministic and isinstance(self._lowering, AheadOfTime):
+            raise ConfigError(f"deterministic=True: it has to be tried, but {self._lowering.missing_device()}")
         return (
             f"{config.family}, {config.num_parameters / 1e6:,.1f} M parameters, {config.num_layers} layers,"
             f" hidden {config.hidden_size}, {config.max_positions} positions"
@@ -137,9 +143,20 @@ class _Engine:
         groups = f" in groups of {options.group_size}" if options.group_size else ""
         return f"{options.dtype}{groups}, {converted.num_bytes / 1e6:,.1f} MB"
 
+    def _compile(self, lowering: AheadOfTime, report: StageReport) -> str:
+        options = self._options
+        assert options.dtype is not None
+        return lowering.compile(
+            self._folder,
+            self._source.config,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            advance=report.advance,
+        )
+
     def _describe(self, report: StageReport) -> str:
         files = record_files(self._folder, report.advance)
-        manifest = make_manifest(self._build.name, self._source, self._options)
+        manifest = make_manifest(self._build.name, self._source, self._options, self._lowering)
         self._manifest = replace(manifest, files=files)
         self._manifest.write(self._folder)
         return f"{len(files)} files; {', '.join(f'{k} {v}' for k, v in manifest.fingerprint.items())}"
@@ -150,7 +167,7 @@ class _Engine:
         reference = None
         if source.config.num_parameters <= REFERENCE_MAX_PARAMETERS:
             reference = reference_logits(source.weights, source.config, ids)
-        lowering, serving = registry.get(manifest.lowering), self._build.serving
+        lowering, serving = self._lowering, self._build.serving
         model = lowering.load(self._folder, num_threads=serving.threads)
         try:
             if serving.deterministic:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
-from pageflight.lowering import registry
+from pageflight.lowering.base import Lowering
 from pageflight_build.record import ModelRecord, RepositoryRecord, file_digest
 from pageflight_build.swap import link_or_copy
 from pageflight_build.triton_config import Deployment, engine_model_name, model_names, write_repository
@@ -72,8 +72,8 @@ def engine_dir(root: Path, models: Sequence[ModelRecord], name: str) -> Path:
     return root / engine_model_name(deployments(models)[name]) / ARTIFACTS
 
 
-def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord) -> Path | None:
-    """The engine directory that `wanted` can use as it is; None when it must be made."""
+def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord, lowering: Lowering) -> Path | None:
+    """The engine directory that `wanted` can use as it is; None when `lowering` must make it."""
     known = record.model(wanted.name)
     if known is None or known.engine_inputs != wanted.engine_inputs:
         return None
@@ -82,7 +82,7 @@ def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord) -> Pa
         manifest = EngineManifest.read(folder)
     except ManifestMismatch:
         return None
-    if manifest.fingerprint != registry.get(manifest.lowering).fingerprint(manifest.dtype):
+    if manifest.fingerprint != lowering.fingerprint(manifest.dtype):
         return None  # built by another version of the target's software, or on another kind of machine
     if wanted.serving.deterministic and not manifest.deterministic:
         return None  # nobody has looked yet whether it can be
@@ -130,6 +130,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             ageing_s=model.serving.ageing_s,
             tenants=model.serving.tenants,
             kv_admission=model.serving.kv_admission,
+            gpu_memory_utilization=model.serving.gpu_memory_utilization,
             kv_watermark=model.serving.kv_watermark,
             target_inter_token_ms=model.serving.target_inter_token_ms,
             hang_limit_s=model.serving.hang_limit_s,

@@ -54,6 +54,7 @@ class Deployment:
     ageing_s: float = 60.0
     tenants: str = ""
     kv_admission: str = "forecast"
+    gpu_memory_utilization: float = 0.9
     kv_watermark: float = 0.01
     target_inter_token_ms: float = 0.0
     hang_limit_s: int = 60
@@ -118,6 +119,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "ageing_s": str(deployment.ageing_s),
         "tenants": deployment.tenants,
         "kv_admission": deployment.kv_admission,
+        "gpu_memory_utilization": str(deployment.gpu_memory_utilization),
         "kv_watermark": str(deployment.kv_watermark),
         "target_inter_token_ms": str(deployment.target_inter_token_ms),
         "hang_limit_s": str(deployment.hang_limit_s),

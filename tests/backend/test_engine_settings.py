@@ -31,6 +31,7 @@ SERVING = ServingOptions(
     ageing_s=9.5,
     tenants="/somewhere/tenants.json",
     kv_admission="reserve",
+    gpu_memory_utilization=0.625,
     kv_watermark=0.25,
     target_inter_token_ms=42.5,
     threads=3,
@@ -91,6 +92,7 @@ def test_a_tenants_file_named_by_hand_is_looked_for_in_the_repository(repository
         ("kv_admission", "", "kv_admission='': supported are forecast, optimistic, reserve"),
         ("ageing_s", "soon", "ageing_s='soon' is not a number"),
         ("kv_watermark", "1.5", "kv_watermark=1.5"),
+        ("gpu_memory_utilization", "1.5", "gpu_memory_utilization=1.5"),
         ("max_queue_tokens", "-1", "max_queue_tokens=-1"),
     ],
 )

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from pageflight.core.errors import CheckpointError, ConfigError
+from pageflight.lowering import registry, tensorrt_target
 from pageflight.models.config import DecoderConfig
 from pageflight.models.families import read_config
+from pageflight.quant import forms
+from pageflight_build import options
 from pageflight_build.checkpoint_files import copy_text_files, read_text_facts
 from pageflight_build.engine import resolve_engine_options
 from pageflight_build.inputs import engine_inputs
 from pageflight_build.machine import cpu_flags, default_dtype
-from pageflight_build.options import BuildOptions, EngineOptions
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.recipe import build
 from pageflight_build.source import default_name, resolve_checkpoint
 
@@ -82,12 +85,12 @@ def test_the_default_name_can_be_a_models_name(wanted: str, name: str) -> None:
 def test_the_inputs_change_with_what_matters_only(checkpoint: Path) -> None:
     """A new README of the checkpoint converted 140 GB again."""
     options = EngineOptions(dtype="fp32")
-    before = engine_inputs(checkpoint, options)
+    before = engine_inputs(checkpoint, options, ServingOptions())
     (checkpoint / "README.md").write_text("new")
-    assert engine_inputs(checkpoint, options) == before
-    assert engine_inputs(checkpoint, EngineOptions(dtype="bf16")) != before
+    assert engine_inputs(checkpoint, options, ServingOptions()) == before
+    assert engine_inputs(checkpoint, EngineOptions(dtype="bf16"), ServingOptions()) != before
     (checkpoint / "generation_config.json").write_text("{}")
-    assert engine_inputs(checkpoint, options) != before
+    assert engine_inputs(checkpoint, options, ServingOptions()) != before
 
 
 def test_text_facts_come_from_the_checkpoint(checkpoint: Path) -> None:
@@ -130,6 +133,13 @@ def test_templates_are_carried_over(checkpoint: Path, tmp_path: Path) -> None:
     assert copied == {"chat_template.jinja", os.path.join("additional_chat_templates", "tool_use.jinja")}
 
 
+def test_the_options_are_what_the_lowerings_know() -> None:
+    """The command line offered a precision that no one converts to."""
+    assert options.DTYPES == forms.DTYPES and options.GROUPED_DTYPES == forms.GROUPED_DTYPES
+    assert options.ENGINES == registry.NAMES
+    assert (options.FLAVORS, options.WEIGHTS) == (tensorrt_target.FLAVORS, tensorrt_target.WEIGHTS)
+
+
 def config_of(folder: Path, **changes: int) -> DecoderConfig:
     return read_config(write_checkpoint(folder, **changes))
 
@@ -147,16 +157,17 @@ def test_groups_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
             )
         )
     options = EngineOptions(group_size=32)
-    with pytest.raises(ConfigError, match="group_size=32: only dtype int8"):
-        resolve_engine_options(options, config)
+    with pytest.raises(ConfigError, match="group_size=32: only dtypes int8 and int4"):
+        resolve_engine_options(options, config, registry.get("openvino"))
 
 
 def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
     """Rotary tables past the trained length give fluent nonsense."""
     config = config_of(tmp_path / "a")
+    lowering = registry.get("openvino")
     with pytest.raises(ConfigError, match="max_model_len=257: the model was made for 256"):
-        resolve_engine_options(EngineOptions(dtype="fp32", max_model_len=257), config)
-    assert resolve_engine_options(EngineOptions(dtype="fp32"), config).max_model_len == 256
+        resolve_engine_options(EngineOptions(dtype="fp32", max_model_len=257), config, lowering)
+    assert resolve_engine_options(EngineOptions(dtype="fp32"), config, lowering).max_model_len == 256
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Recorded:
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "group_size"),
-    [("fp32", "fp32", 0), ("bf16", None, 0), ("int8", "u8", 0), ("int8", None, 32)],
+    [("fp32", "fp32", 0), ("bf16", None, 0), ("int8", "u8", 0), ("int8", None, 32), ("int4", None, 64)],
 )
 def test_a_built_engine_loads_and_says_what_it_is(
     checkpoint: Path, tmp_path: Path, dtype: str, kv_dtype: str | None, group_size: int
@@ -76,6 +76,28 @@ def test_a_built_engine_loads_and_says_what_it_is(
     model = registry.get(manifest.lowering).load(result.engine_dir, num_threads=1)
     assert model.block_size == manifest.block_size > 1
     model.close()
+
+
+@pytest.mark.parametrize(("dtype", "group_size"), [("fp16", 0), ("fp8", 0), ("int4", 64), ("int8", 0)])
+def test_the_reference_engine_has_every_precision(
+    checkpoint: Path, tmp_path: Path, dtype: str, group_size: int
+) -> None:
+    """What a GPU engine is compared with could not be built."""
+    engine = EngineOptions(engine="torch", dtype=dtype)
+    result = build(options(checkpoint, tmp_path / "repo", engine=engine))
+    manifest = EngineManifest.read(result.engine_dir)
+    assert (manifest.lowering, manifest.dtype, manifest.quant_group_size) == ("torch", dtype, group_size)
+    assert manifest.kv_dtype == ("fp16" if dtype == "fp16" else "fp32")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_openvino_refuses_precisions_it_does_not_have(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    """A precision that is emulated in silence is slower than none."""
+    with pytest.raises(
+        ConfigError, match=f"dtype='{dtype}': supported with engine openvino are fp32, bf16, int8, int4"
+    ):
+        build(options(checkpoint, tmp_path / "repo", engine=EngineOptions(dtype=dtype)))
+    assert not (tmp_path / "repo").exists()
 
 
 def test_the_second_build_of_the_same_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pageflight.cli.main import main
 from pageflight.cli.sampling_flags import SamplingFlags
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest, FileRecord
-from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes, parse_capabilities
 
 COMMANDS = ("build", "serve", "up", "generate", "chat", "inspect", "replay")
 
@@ -74,11 +74,14 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
     """--max-queue-size was parsed, printed in the help, and dropped."""
     given: dict[str, Any] = {
         "name": "other",
-        "engine": "torch",
+        "engine": "tensorrt",
         "dtype": "int8",
         "group_size": 32,
         "kv_dtype": "u8",
         "max_model_len": 77,
+        "flavor": "full",
+        "compute_capability": "12.0,89",
+        "weights": "constant",
         "kv_memory": "3MiB",
         "host_kv_memory": "2GiB",
         "max_num_seqs": 5,
@@ -89,6 +92,7 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "ageing_s": 11.0,
         "tenants": tmp_path / "tenants.json",
         "kv_admission": "reserve",
+        "gpu_memory_utilization": 0.75,
         "kv_watermark": 0.5,
         "target_inter_token_ms": 12.0,
         "hang_limit_s": 11,
@@ -111,6 +115,7 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         for field in fields(group):
             assert getattr(group, field.name) != getattr(reference, field.name), field.name
     assert options.serving.kv_memory == 3 * 1024**2 and options.serving.tenants == str(tmp_path / "tenants.json")
+    assert options.engine.compute_capability == (89, 120)
     assert (options.name, options.default, options.force) == ("other", True, True)
 
 
@@ -144,8 +149,13 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "fp8"},
+        {"dtype": "fp4"},
         {"engine": "cuda"},
+        {"engine": "tensorrt", "flavor": "lean"},
+        {"engine": "tensorrt", "weights": "outside"},
+        {"flavor": "full"},
+        {"compute_capability": (89,)},
+        {"weights": "constant"},
         {"kv_dtype": "int4"},
         {"group_size": -2},
         {"max_model_len": -1},
@@ -156,6 +166,13 @@ def test_engine_options_out_of_range_are_refused_by_name(changes: dict[str, Any]
     """The build ran for ten minutes before it noticed."""
     with pytest.raises(ConfigError, match=next(reversed(changes))):
         EngineOptions(**changes)
+
+
+@pytest.mark.parametrize("text", ["8", "sm_89", "89;120", "8.9.0.0"])
+def test_what_is_no_compute_capability_is_refused(text: str) -> None:
+    """sm_89 was taken for no choice at all."""
+    with pytest.raises(ConfigError, match=f"compute_capability='{text}'"):
+        parse_capabilities(text)
 
 
 @pytest.mark.parametrize(

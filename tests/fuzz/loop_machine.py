@@ -16,6 +16,7 @@ from pageflight.loop.clock import ManualClock
 from pageflight.loop.engine_loop import Cancel, Drain, EngineLoop, Shutdown, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
+from pageflight.runners.deep_fake import DeepFakeRunner
 from pageflight.runners.fake import FakeRunner, fake_continuation
 from pageflight.sched.scheduler import Scheduler
 from pageflight.sched.trials import TRIAL_TOKENS
@@ -58,9 +59,14 @@ def make_core(config: SchedulerConfig, kv: KVConfig) -> tuple[Scheduler, FakeRun
 class LoopMachine(Counted):
     """Every request that is taken ends once with the tokens it has alone, whatever is cancelled, dies or is drained."""
 
-    @initialize(settings=st.fixed_dictionaries(SETTINGS), ahead=st.sampled_from([None, False, True]))
-    def build(self, settings: dict[str, Any], ahead: bool | None) -> None:
+    @initialize(
+        settings=st.fixed_dictionaries(SETTINGS),
+        ahead=st.sampled_from([None, False, True]),
+        depth=st.sampled_from([1, 2]),
+    )
+    def build(self, settings: dict[str, Any], ahead: bool | None, depth: int) -> None:
         self.config, self.kv = parts_of(arranged(settings))
+        self.depth = depth
         self.ahead, self.clock = ahead, ManualClock()
         self.requests: dict[int, Request] = {}  # by sequence
         self.output_ids: dict[int, list[int]] = {}
@@ -72,7 +78,8 @@ class LoopMachine(Counted):
 
     def begin_core(self) -> None:
         self.mailbox = InMemoryMailbox()
-        self.scheduler, runner = make_core(self.config, self.kv)
+        self.scheduler, fake = make_core(self.config, self.kv)
+        runner = fake if self.depth == 1 else DeepFakeRunner(fake.limits, self.depth)
         self.loop = EngineLoop(
             scheduler=self.scheduler, runner=runner, mailbox=self.mailbox, clock=self.clock, ahead=self.ahead
         )

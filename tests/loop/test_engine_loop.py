@@ -13,6 +13,7 @@ from pageflight.loop.clock import ManualClock
 from pageflight.loop.engine_loop import LINGER_LIMIT_S, Cancel, Command, Drain, EngineLoop, Shutdown, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
+from pageflight.runners.deep_fake import DeepFakeRunner
 from pageflight.runners.fake import FakeRunner, InstantRunner, fake_continuation
 from pageflight.sched.scheduler import Scheduler
 
@@ -25,12 +26,12 @@ LIMITS = RunnerLimits(num_blocks=64, block_size=4, max_num_seqs=4, max_model_len
 class Scene:
     """A loop on a FakeRunner in this thread; `log` records the order of what it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: FakeRunner | DeepFakeRunner | None = None) -> None:
         self.log: list[str] = []
         self.mailbox = InMemoryMailbox()
         self.clock = ManualClock()
         self.stats: list[CoreStats] = []
-        self.runner = FakeRunner(LIMITS)
+        self.runner = runner or FakeRunner(LIMITS)
         self.loop = EngineLoop(
             scheduler=Scheduler(CONFIG, KV, vocab_size=VOCAB_SIZE),
             runner=self.runner,
@@ -91,6 +92,31 @@ def test_events_of_a_step_go_out_while_the_next_one_runs() -> None:
     scene.submit(0, max_tokens=2)
     scene.until_idle()
     assert log == ["submit 0", "collect 0", "submit 1", "publish 0", "collect 1", "publish 1"]
+
+
+def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
+    """A GPU stood idle from the end of a step until its ids had been settled and the next step planned."""
+    scene = Scene(runner := DeepFakeRunner(LIMITS))
+    log: list[str] = []
+    submit, collect = runner.submit, runner.collect
+
+    def logged_submit(plan: StepPlan) -> None:
+        log.append(f"submit {plan.step}")
+        submit(plan)
+
+    def logged_collect() -> StepResult:
+        result = collect()
+        log.append(f"collect {result.step}")
+        return result
+
+    runner.submit, runner.collect = logged_submit, logged_collect  # type: ignore[method-assign]
+    requests = [scene.submit(handle, max_tokens=3 + handle) for handle in range(2)]
+    events = scene.until_idle()
+    assert log[:6] == ["submit 0", "submit 1", "collect 0", "submit 2", "collect 1", "submit 3"]
+    assert log[-1] == f"collect {len(log) // 2 - 1}"
+    for request in requests:
+        expected = fake_continuation(request.prompt_ids, request.sampling, vocab_size=VOCAB_SIZE)
+        assert ids_of(events, request.handle) == expected
 
 
 def test_a_refused_request_gets_its_error_and_no_event() -> None:

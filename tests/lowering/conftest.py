@@ -19,6 +19,7 @@ from pageflight.lowering.openvino_lowering import OpenVinoLowering
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.checkpoint import open_checkpoint
 from pageflight.quant.convert import convert
+from pageflight.quant.forms import weight_forms
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BASE: dict[str, Any] = {
@@ -64,7 +65,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "quantisable": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
 }
-LONG: dict[str, dict[str, Any]] = {"long": {**SHAPES["quantisable"], "max_position_embeddings": 2048}}
+LONG: dict[str, dict[str, Any]] = {
+    "long": {**SHAPES["quantisable"], "max_position_embeddings": 2048},
+    "one-layer": {"num_hidden_layers": 1},
+    "two-layers": {"num_hidden_layers": 2},
+}
 """Shapes for single tests: those above take part in many."""
 
 
@@ -160,15 +165,29 @@ class Workshop:
             self.cache[shape] = model
         return self.cache[shape]
 
-    def engine(self, shape: str, lowering: Lowering, dtype: str, kv_dtype: str, group_size: int = 0) -> Path:
-        """An engine directory as `pageflight build` would make it; kv_dtype `native` is the lowering's choice here."""
+    def engine(
+        self,
+        shape: str,
+        lowering: Lowering,
+        dtype: str,
+        kv_dtype: str,
+        group_size: int = 0,
+        input_scale: float | None = None,
+    ) -> Path:
+        """An engine directory as `pageflight build` would make it; kv_dtype `native` is the lowering's choice here.
+
+        `input_scale` is given to all quantised weights.
+        """
         self.reference(shape)
         kv_dtype = lowering.default_kv_dtype(dtype) if kv_dtype == "native" else kv_dtype
-        folder = self.folder / f"{shape}-{lowering.name}-{dtype}-{group_size}-{kv_dtype}"
+        folder = self.folder / f"{shape}-{lowering.name}-{dtype}-{group_size}-{kv_dtype}-{input_scale}"
         if not folder.exists():
             folder.mkdir()
             config, checkpoint = open_checkpoint(self.folder / shape)
-            path = convert(checkpoint, config, folder / "model.safetensors", dtype=dtype, group_size=group_size).path
+            path = folder / "model.safetensors"
+            forms = weight_forms(config, dtype, group_size) if input_scale else {}
+            scales = {name: input_scale for name, form in forms.items() if form.scales and name != "head"}
+            convert(checkpoint, config, path, dtype=dtype, group_size=group_size, input_scales=scales)
             data = path.read_bytes()
             record = FileRecord(path=path.name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             EngineManifest(
@@ -196,12 +215,14 @@ class Workshop:
         *,
         group_size: int = 0,
         exact: bool = False,
+        input_scale: float | None = None,
     ) -> Driver:
         """A driver with empty blocks on a loaded engine."""
-        key = (shape, lowering, dtype, kv_dtype, group_size, exact)
+        key = (shape, lowering, dtype, kv_dtype, group_size, exact, input_scale)
         if key not in self.cache:
             target: Lowering = OpenVinoLowering(exact=exact) if lowering == "openvino" else TorchLowering()
-            model = target.load(self.engine(shape, target, dtype, kv_dtype, group_size), num_threads=2)
+            folder = self.engine(shape, target, dtype, kv_dtype, group_size, input_scale)
+            model = target.load(folder, num_threads=2)
             driver = Driver(model)
             model.allocate(driver.num_blocks, num_host_blocks=6)
             self.cache[key] = driver

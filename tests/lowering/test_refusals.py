@@ -54,7 +54,7 @@ def test_another_lowering_is_refused(engine, lowering):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "fp8"}, {"kv_dtype": "u4"}, {"tensor_parallel": 2}, {"vocab_size": 5}, {"block_size": 16}]
+    "changes", [{"dtype": "fp4"}, {"kv_dtype": "u4"}, {"tensor_parallel": 2}, {"vocab_size": 5}, {"block_size": 16}]
 )
 def test_a_manifest_this_runtime_cannot_run_is_refused(engine, lowering, changes):
     """Unknown precisions ran as the default one."""
@@ -118,8 +118,8 @@ def test_unknown_lowerings_and_precisions_are_refused():
     with pytest.raises(ConfigError, match="lowering='openvin'"):
         registry.get("openvin")
     for name in registry.NAMES:
-        with pytest.raises(ConfigError, match="dtype='fp16'"):
-            registry.get(name).fingerprint("fp16")
+        with pytest.raises(ConfigError, match="dtype='fp4'"):
+            registry.get(name).fingerprint("fp4")
 
 
 def test_importing_a_lowering_loads_no_other_framework_and_no_telemetry():
@@ -129,5 +129,15 @@ def test_importing_a_lowering_loads_no_other_framework_and_no_telemetry():
         "registry.get('openvino');"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
         "assert not [m for m in sys.modules if m.startswith('openvino_telemetry.')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_building_for_gpus_needs_no_torch_and_its_package_only_when_it_builds():
+    """A CPU server imported 4 GB to learn that a manifest was not for it."""
+    code = (
+        "import sys; from pageflight.lowering import registry; from pageflight.quant import convert, store;"
+        "registry.get('tensorrt'); import pageflight_build.recipe;"
+        "assert not {'torch', 'tensorrt', 'tensorrt_rtx', 'openvino'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 
 from pageflight.core.errors import CheckpointError, ConfigError, ManifestMismatch
 from pageflight.models.checkpoint import open_checkpoint
 from pageflight.models.safetensors_file import SafetensorsFile, SafetensorsWriter
 from pageflight.quant import convert as convert_module
 from pageflight.quant.convert import convert
-from pageflight.quant.store import WeightStore, scale_name
+from pageflight.quant.float8 import quantise_fp8
+from pageflight.quant.forms import input_scale_name, scale_name
+from pageflight.quant.int4 import quantise_int4
+from pageflight.quant.store import WeightStore
 from pageflight.quant.weight import quantise
 
 Make = Callable[..., Path]
@@ -67,7 +71,49 @@ def test_int8_stores_what_quantise_gives(make_checkpoint: Make, tmp_path: Path, 
     assert 0 < made.max_error < 0.02
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize(("dtype", "kind"), [("fp8", "F8_E4M3"), ("int4", "I4")])
+def test_fp8_and_int4_store_what_their_quantisers_give(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str
+) -> None:
+    """Linear weights but the head, whose error goes straight into the logits."""
+    monkeypatch.setattr(convert_module, "_PIECE_ELEMENTS", 48)
+    kept: dict[str, np.ndarray[Any, Any]] = {}
+    config, checkpoint = open_checkpoint(make_checkpoint(change=kept.update))
+    group_size = 8 if kind == "I4" else 0
+    path = convert(checkpoint, config, tmp_path / "w.safetensors", dtype=dtype, group_size=group_size).path
+    store = WeightStore(path, config)
+    assert (store["embed"].dtype, store["head"].dtype, store["norm"].dtype) == ("BF16", "BF16", "F32")
+    values = np.concatenate([kept[name] for name in (Q, K, V)])
+    codes, scales = quantise_int4(values, 8) if kind == "I4" else quantise_fp8(values)
+    weight = store["layers.1.qkv"]
+    assert (weight.dtype, weight.shape, weight.input_scale) == (kind, values.shape, None)
+    np.testing.assert_array_equal(weight.values, codes)
+    np.testing.assert_array_equal(weight.scales, scales)  # type: ignore[arg-type]
+    assert SafetensorsFile(path).records["layers.1.qkv"].dtype == ("U8" if kind == "I4" else "F8_E4M3")
+    assert safetensors.torch.load_file(path)["layers.1.qkv"].shape == codes.shape, "other programs read it too"
+
+
+def test_fp16_checkpoints_keep_their_bits(make_checkpoint: Make, tmp_path: Path) -> None:
+    """They went through bf16 and lost three bits."""
+    kept: dict[str, np.ndarray[Any, Any]] = {}
+    config, checkpoint = open_checkpoint(make_checkpoint(dtype="float16", change=kept.update))
+    made = convert(checkpoint, config, tmp_path / "w.safetensors", dtype="fp16")
+    store = WeightStore(made.path, config)
+    assert made.max_error == 0 and store["head"].dtype == "F16"
+    np.testing.assert_array_equal(store["head"].values, kept["lm_head.weight"])
+
+
+def test_scales_of_activations_are_kept_with_their_weights(make_checkpoint: Make, tmp_path: Path) -> None:
+    """What a calibration found was lost on the way to the engine."""
+    config, checkpoint = open_checkpoint(make_checkpoint())
+    scales = {"layers.0.qkv": 0.125, "layers.1.down": 0.5}
+    path = convert(checkpoint, config, tmp_path / "w.safetensors", dtype="fp8", input_scales=scales).path
+    store = WeightStore(path, config)
+    found = {name: store[name].input_scale for name in store.forms if store[name].input_scale is not None}
+    assert found == scales
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "fp8"])
 def test_a_tied_head_is_stored_once_unless_it_is_int8(make_checkpoint: Make, tmp_path: Path, dtype: str) -> None:
     """Looked-up rows stay bf16; the head is read whole at every step and wants int8."""
     config, checkpoint = open_checkpoint(make_checkpoint(config={"tie_word_embeddings": True}))
@@ -79,7 +125,7 @@ def test_a_tied_head_is_stored_once_unless_it_is_int8(make_checkpoint: Make, tmp
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8", "int8", "int4"])
 def test_weights_that_are_no_numbers_are_refused_and_leave_nothing(
     make_checkpoint: Make, tmp_path: Path, bad: float, dtype: str
 ) -> None:
@@ -107,7 +153,17 @@ def test_values_beyond_bf16_are_refused(make_checkpoint: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": "fp8"}, {"dtype": "bf16", "group_size": 8}, {"dtype": "int8", "group_size": 5}]
+    "options",
+    [
+        {"dtype": "fp4"},
+        {"dtype": "bf16", "group_size": 8},
+        {"dtype": "fp8", "group_size": 8},
+        {"dtype": "int8", "group_size": 5},
+        {"dtype": "int4", "group_size": 5},
+        {"dtype": "fp8", "input_scales": {"layers.0.qvk": 0.1}},
+        {"dtype": "bf16", "input_scales": {"layers.0.qkv": 0.1}},
+        {"dtype": "fp8", "input_scales": {"head": 0.1}},
+    ],
 )
 def test_options_that_cannot_work_are_refused(make_checkpoint: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     """A group size beside bf16 would be ignored."""
@@ -146,4 +202,33 @@ def test_a_store_that_does_not_fit_its_model_is_refused(make_checkpoint: Make, t
             layout["stranger"] = ("F32", (1,))
         SafetensorsWriter(path, layout, {}).close()
     with pytest.raises(ManifestMismatch):
+        WeightStore(path, config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "damage"),
+    [
+        ("fp8", {scale_name("layers.0.qkv"): ("F32", (32, 2))}),
+        ("fp8", {scale_name("layers.0.qkv"): ("F32", (1, 2))}),
+        ("fp8", {scale_name("layers.0.qkv"): ("F16", (32, 1))}),
+        ("fp8", {scale_name("head"): ("F32", (40, 1))}),
+        ("fp8", {input_scale_name("layers.0.qkv"): ("F32", (1,))}),
+        ("fp8", {input_scale_name("layers.0.qkv"): ("F32", (2,))}),
+        ("fp8", {input_scale_name("head"): ("F32", (1,))}),
+        ("int4", {"layers.0.qkv": ("U8", (32, 16))}),
+        ("int4", {"norm": ("U8", (8,))}),
+        ("int4", {scale_name("layers.0.qkv"): ("F32", (1, 1))}),
+        ("int4", {scale_name("layers.0.qkv"): ("F32", (32, 3))}),
+    ],
+)
+def test_a_quantised_store_with_odd_parts_is_refused(
+    make_checkpoint: Make, tmp_path: Path, dtype: str, damage: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """A scale of zero for the activations gave NaN; one that nothing reads was carried along."""
+    config, checkpoint = open_checkpoint(make_checkpoint())
+    path = convert(checkpoint, config, tmp_path / "w.safetensors", dtype=dtype).path
+    layout = {name: (record.dtype, record.shape) for name, record in SafetensorsFile(path).records.items()}
+    WeightStore(path, config)
+    SafetensorsWriter(path, {**layout, **damage}, {}).close()
+    with pytest.raises(ManifestMismatch, match=next(iter(damage)).removesuffix(".scale").removesuffix(".input_scale")):
         WeightStore(path, config)

@@ -58,6 +58,7 @@ IN_PROCESS = {
     "prefix_cache.py",
     "responses.py",
     "survival.py",
+    "tensorrt_builds.py",
     "virtual_engine.py",
 }
 """Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""

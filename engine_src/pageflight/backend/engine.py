@@ -136,12 +136,7 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
     tenants = settings.text("tenants")
     return CoreSpec(
         config=EngineConfig(
-            kv=KVConfig(
-                block_size=manifest.block_size,
-                memory_bytes=settings.number("kv_memory", 0),
-                prefix_cache=settings.flag("prefix_cache"),
-                host_memory_bytes=settings.number("host_kv_memory", 0),
-            ),
+            kv=_cache(settings, manifest.block_size),
             scheduler=_scheduler(settings, manifest.max_model_len),
             num_threads=settings.number("num_threads", 0),
         ),
@@ -152,6 +147,19 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
         instance=settings.instance,
         watch=Watch.of_environment(os.environ),
     )
+
+
+def _cache(settings: ModelSettings, block_size: int) -> KVConfig:
+    try:
+        return KVConfig(
+            block_size=block_size,
+            memory_bytes=settings.number("kv_memory", 0),
+            prefix_cache=settings.flag("prefix_cache"),
+            host_memory_bytes=settings.number("host_kv_memory", 0),
+            gpu_memory_utilization=settings.real("gpu_memory_utilization"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"config.pbtxt of {settings.name}: {error}") from None
 
 
 def _scheduler(settings: ModelSettings, max_model_len: int) -> SchedulerConfig:

@@ -13,11 +13,14 @@ from pageflight.core.tenants import read_tenants
 from pageflight_build.options import (
     DTYPES,
     ENGINES,
+    FLAVORS,
     KV_DTYPES,
+    WEIGHTS,
     BuildOptions,
     EngineOptions,
     ServingOptions,
     parse_bytes,
+    parse_capabilities,
 )
 from pageflight_build.source import default_name, resolve_checkpoint
 
@@ -39,15 +42,16 @@ class BuildFlags:
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Precision of the weights: {', '.join(DTYPES)} (int8 is weight-only). Default: bf16 on CPUs that"
-            " multiply it natively, else fp32.",
+            help=f"Precision of the weights: {', '.join(DTYPES)} (int8 and int4 are weight-only, fp8 rounds activations"
+            " too; openvino has fp32, bf16, int8 and int4). Default: bf16, but fp32 for CPUs that would emulate it.",
             rich_help_panel=_ENGINE,
         ),
     ] = None
     group_size: Annotated[
         int,
         typer.Option(
-            help="int8: inputs per scale. 0 is one scale per output channel, the fastest; 64 is finer.",
+            help="int8, int4: inputs per scale. 0 is one scale per output channel for int8, the fastest, and the"
+            " largest of 128, 64 and 32 that fits for int4.",
             rich_help_panel=_ENGINE,
         ),
     ] = _ENGINE_DEFAULTS.group_size
@@ -61,6 +65,29 @@ class BuildFlags:
     max_model_len: Annotated[
         int, typer.Option(help="Longest sequence in tokens; 0 is the model's own limit.", rich_help_panel=_ENGINE)
     ] = _ENGINE_DEFAULTS.max_model_len
+    flavor: Annotated[
+        str,
+        typer.Option(
+            help=f"tensorrt: {', '.join(FLAVORS)}. rtx builds without a GPU; full is NVIDIA's tensorrt package, which"
+            " builds for the GPU it finds.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = _ENGINE_DEFAULTS.flavor
+    compute_capability: Annotated[
+        str,
+        typer.Option(
+            help="tensorrt, flavor rtx: GPUs to build for, such as 89,120. Default: all that the package supports.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = ""
+    weights: Annotated[
+        str,
+        typer.Option(
+            help=f"tensorrt: {', '.join(WEIGHTS)}. As inputs, one engine serves all layers and any checkpoint of the"
+            " shape; as constants, every layer has its own.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = _ENGINE_DEFAULTS.weights
     kv_memory: Annotated[
         str,
         typer.Option(
@@ -111,6 +138,13 @@ class BuildFlags:
             rich_help_panel=_SERVING,
         ),
     ] = _SERVING_DEFAULTS.kv_admission
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            help="Share of a GPU's memory that weights, one step and the K/V cache may take together.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.gpu_memory_utilization
     kv_watermark: Annotated[
         float,
         typer.Option(help="Share of the K/V blocks that stays free when a sequence starts.", rich_help_panel=_SERVING),
@@ -193,6 +227,9 @@ class BuildFlags:
                 group_size=self.group_size,
                 kv_dtype=self.kv_dtype,
                 max_model_len=self.max_model_len,
+                flavor=self.flavor,
+                compute_capability=parse_capabilities(self.compute_capability),
+                weights=self.weights,
             ),
             serving=ServingOptions(
                 kv_memory=parse_bytes(self.kv_memory),
@@ -205,6 +242,7 @@ class BuildFlags:
                 ageing_s=self.ageing_s,
                 tenants=self._tenants(),
                 kv_admission=cast(KVAdmission, self.kv_admission),
+                gpu_memory_utilization=self.gpu_memory_utilization,
                 kv_watermark=self.kv_watermark,
                 target_inter_token_ms=self.target_inter_token_ms,
                 hang_limit_s=self.hang_limit_s,

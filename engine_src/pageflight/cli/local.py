@@ -68,6 +68,7 @@ def local_engine(repository: Path, name: str | None = None, watch: Watch | None 
             memory_bytes=serving.kv_memory,
             prefix_cache=serving.prefix_cache,
             host_memory_bytes=serving.host_kv_memory,
+            gpu_memory_utilization=serving.gpu_memory_utilization,
         ),
         scheduler=serving.scheduler(max_model_len=manifest.max_model_len),
         num_threads=serving.threads,

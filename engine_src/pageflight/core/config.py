@@ -17,7 +17,8 @@ class KVConfig:
     """The paged cache. `num_blocks` 0 means: compute it from `memory_bytes`, or from free memory when that is 0.
 
     `host_memory_bytes` is the size of its second level, in host memory (0: none); `num_host_blocks` what that holds,
-    and `host_copy_s` the seconds of copying one block there or back, are resolved when the engine is loaded.
+    and `host_copy_s` the seconds of copying one block there or back, are resolved when the engine is loaded. On a GPU
+    weights, one pass and the blocks together take `gpu_memory_utilization` of its memory.
     """
 
     block_size: int = 32
@@ -27,6 +28,11 @@ class KVConfig:
     host_memory_bytes: int = 0
     num_host_blocks: int = 0
     host_copy_s: float = 0.0
+    gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

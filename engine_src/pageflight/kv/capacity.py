@@ -59,6 +59,7 @@ def resolve_capacity(
     *,
     bytes_per_block: int,
     free: FreeMemory | None = None,
+    host_free: FreeMemory | None = None,
     num_instances: int = 1,
     fraction: float = DEFAULT_FRACTION,
 ) -> Capacity:
@@ -68,7 +69,8 @@ def resolve_capacity(
     that was *asked for* and does not hold one sequence of `max_model_len` tokens, or is more than what is free, is a
     ConfigError; a size that was *computed* from free memory then shortens what is admitted instead
     (`max_sequence_len`), and is a ConfigError only if not one block fits. Call it after the weights are loaded.
-    `bytes_per_block`: K and V of all layers. `free`: of the memory that holds the blocks, this process's by default.
+    `bytes_per_block`: K and V of all layers. `free`: of the memory that holds the blocks, this process's by default;
+    `host_free`: of the memory that holds the second level, where that is another.
     """
     size, longest = kv.block_size, scheduler.max_model_len
     for name, value in (("block_size", size), ("bytes_per_block", bytes_per_block), ("num_instances", num_instances)):
@@ -116,7 +118,11 @@ def resolve_capacity(
             f"at most {free.num_bytes // bytes_per_block} blocks of {bytes_per_block} bytes fit"
         )
     host_bytes = num_host_blocks * bytes_per_block
-    if host_bytes and host_bytes + num_blocks * bytes_per_block > free.num_bytes:
+    if host_free is not None and host_bytes > host_free.num_bytes:
+        raise ConfigError(
+            f"host_kv_memory={kv.host_memory_bytes}: at most {host_free.num_bytes} are free ({host_free.source})"
+        )
+    if host_free is None and host_bytes and host_bytes + num_blocks * bytes_per_block > free.num_bytes:
         raise ConfigError(
             f"host_kv_memory={kv.host_memory_bytes}: beside {num_blocks * bytes_per_block} bytes of blocks ({reason}) "
             f"at most {max(0, free.num_bytes - num_blocks * bytes_per_block)} are free ({free.source})"

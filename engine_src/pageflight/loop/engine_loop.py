@@ -93,7 +93,8 @@ class EngineLoop:
     """Runs a scheduler's plans on a runner. An exception of the runner ends the loop: its owner restarts the core.
 
     `report` gets the scheduler's statistics at most every `report_interval_s` seconds while steps run, and once when
-    the loop goes idle. `ahead`: whether steps are planned while others run; None: where it pays (`AHEAD_SHARE`).
+    the loop goes idle. `ahead`: whether steps are planned while others run; None: where it pays (`AHEAD_SHARE`). A
+    runner that takes a second step while one runs gets it as soon as it is planned, so it never waits for the loop.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class EngineLoop:
         self._unpublished: StepEvents | None = None
         self._ahead = ahead
         self._planned: StepPlan | None = None  # while another one ran
+        self._is_submitted = False  # the planned step, too
         self._plan_s = self._step_s = 0.0  # smoothed
         self._report = report
         self._report_interval_s = report_interval_s
@@ -133,6 +135,7 @@ class EngineLoop:
         for command in self.mailbox.receive(self._patience_s()):
             self._obey(command)
         plan, self._planned = self._planned, None
+        was_submitted, self._is_submitted = self._is_submitted, False
         if plan is None:
             plan = self._plan()
         if plan is None:
@@ -142,17 +145,20 @@ class EngineLoop:
             self._report_stats(idle=True)
             return
         started_s = self.clock()
-        self._trace.begin(self.scheduler.handles, plan.rows)
-        self.runner.submit(plan)
+        if not was_submitted:
+            self._trace.begin(self.scheduler.handles, plan.rows)
+            self.runner.submit(plan)
         self._publish()
         self._publish_endings()
-        if self._plan_s > AHEAD_SHARE * self._step_s if self._ahead is None else self._ahead:
-            self._plan_ahead()
+        if self._plans_ahead():
+            self._plan_ahead(plan)
         result = self.runner.collect()
         now_s = self.clock()
         self._step_s = _smoothed(self._step_s, now_s - started_s)
         self._unpublished = self.scheduler.settle(plan, result, now_s)
         self._trace.end()
+        if self._is_submitted and self._planned is not None:
+            self._trace.begin(self.scheduler.handles, self._planned.rows)
         if self._unpublished.finished and not self.scheduler.num_waiting and self._planned is None:
             self._await_successors(len(self._unpublished.finished), now_s - started_s)
         self._report_stats(idle=False)
@@ -168,13 +174,24 @@ class EngineLoop:
         self._plan_s = _smoothed(self._plan_s, self.clock() - begin_s)
         return plan
 
-    def _plan_ahead(self) -> None:
+    def _plans_ahead(self) -> bool:
+        if self._ahead is not None:
+            return self._ahead
+        return self.runner.limits.max_in_flight > 1 or self._plan_s > AHEAD_SHARE * self._step_s
+
+    def _plan_ahead(self, running: StepPlan) -> None:
         for command in self.mailbox.receive(0.0):
             self._obey(command)
         if self.scheduler.accused is not None:
             return  # the trace would name it, whoever brings the step in flight down
         self._planned = self._plan()
-        if self._planned is not None and isinstance(self.runner, StagingRunner):
+        if self._planned is None:
+            return
+        if self.runner.limits.max_in_flight > 1:
+            self._trace.begin(self.scheduler.handles, np.union1d(running.rows, self._planned.rows))
+            self.runner.submit(self._planned)
+            self._is_submitted = True
+        elif isinstance(self.runner, StagingRunner):
             self.runner.stage(self._planned)
 
     def _await_successors(self, num_ended: int, step_s: float) -> None:

@@ -5,9 +5,10 @@ Shapes: T packed tokens of a step, S sequences that run, N block indices of all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pageflight.models.ops import Ops
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from pageflight.models.config import DecoderConfig
 
-__all__ = ["CompiledModel", "Lowering", "Ops", "StepInputs"]
+__all__ = ["AheadOfTime", "CompiledModel", "Lowering", "Ops", "StepInputs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,3 +97,25 @@ class Lowering(Protocol):
         It must be computed by fixed borders (`sched.borders`). Raises ConfigError, here or when allocated, where that
         cannot be; `name` says of which engine. `max_num_tokens` is the most that a pass will have.
         """
+
+
+@runtime_checkable
+class AheadOfTime(Protocol):
+    """What a lowering has besides, when its engines are compiled by the build for devices that need not be here."""
+
+    def compile(
+        self,
+        engine_dir: Path,
+        config: DecoderConfig,
+        *,
+        dtype: str,
+        max_model_len: int,
+        advance: Callable[[int, int], None],
+    ) -> str:
+        """Add to a directory with weights what is compiled from them; the line that sums it up.
+
+        `advance` is called with (parts done, parts in all). Raises ConfigError for what cannot be compiled.
+        """
+
+    def missing_device(self) -> str:
+        """Why engines cannot run here, where nothing can verify them either."""

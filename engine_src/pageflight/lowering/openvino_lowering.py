@@ -25,7 +25,7 @@ from pageflight.models.decoder import decoder
 
 BLOCK_SIZE = 32  # fixed by the CPU plugin's attention kernel
 _KV_PRECISION = {"fp32": "f32", "bf16": "bf16", "u8": "u8"}
-_DTYPES = ("fp32", "bf16", "int8")
+_DTYPES = ("fp32", "bf16", "int8", "int4")
 _MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
 _DYNAMIC_GROUPS = (256, 128, 64, 32)
 
@@ -34,9 +34,9 @@ class OpenVinoLowering:
     """Engines for the CPU.
 
     Activations are float32 for fp32 weights; for the others bf16 where the CPU has bf16 arithmetic, float32 elsewhere:
-    there bf16 weights are widened inside the products, since emulated bf16 would be far slower. int8 rounds activations
-    in groups on the way into each product (dynamic quantisation). `exact` computes in float32 without that rounding, to
-    tell a kernel's error from a format's.
+    there bf16 weights are widened inside the products, since emulated bf16 would be far slower. int8 and int4 round
+    activations in groups on the way into each product (dynamic quantisation). `exact` computes in float32 without that
+    rounding, to tell a kernel's error from a format's.
     """
 
     name = "openvino"
@@ -86,7 +86,7 @@ class OpenVinoLowering:
 
     def _settings(self, manifest: EngineManifest, config: DecoderConfig, num_threads: int) -> dict[str, Any]:
         narrow = self._narrow(manifest)
-        rounded = manifest.dtype == "int8" and not self._exact
+        rounded = manifest.dtype in ("int8", "int4") and not self._exact
         kv_dtype = "fp32" if manifest.kv_dtype == "bf16" and not narrow else manifest.kv_dtype
         return {
             "PERFORMANCE_HINT": "LATENCY",
@@ -116,7 +116,7 @@ class OpenVinoLowering:
 
     def _check_dtype(self, dtype: str) -> None:
         if dtype not in _DTYPES:
-            raise ConfigError(f"dtype={dtype!r}: supported are {', '.join(_DTYPES)}")
+            raise ConfigError(f"dtype={dtype!r}: supported with engine {self.name} are {', '.join(_DTYPES)}")
 
     def _has_bf16(self) -> bool:
         return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

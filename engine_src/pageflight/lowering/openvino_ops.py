@@ -21,7 +21,7 @@ from pageflight.quant.store import WeightStore
 from pageflight.quant.weight import Weight
 
 Node = Any  # openvino.Node or openvino.Output; the package's stubs do not type its operations
-_ELEMENT = {"F32": Type.f32, "BF16": Type.bf16, "I8": Type.i8}
+_ELEMENT = {"F32": Type.f32, "BF16": Type.bf16, "I8": Type.i8, "I4": Type.i4}
 
 
 class GraphOps:
@@ -155,8 +155,9 @@ class GraphOps:
         self._parameters.append(parameter)
         return parameter
 
-    def _shared(self, array: NDArray[Any], element: Type = Type.f32) -> Constant:
-        tensor = Tensor(array, Shape(list(array.shape)), element)
+    def _shared(self, array: NDArray[Any], element: Type = Type.f32, shape: Sequence[int] | None = None) -> Constant:
+        """A constant of the array's memory; `shape` where it is not the array's, as of packed numbers."""
+        tensor = Tensor(array, Shape(list(array.shape if shape is None else shape)), element)
         self.keep.append((array, tensor))
         return Constant(tensor)
 
@@ -173,12 +174,11 @@ class GraphOps:
             if self._widens:  # without the mark the plugin stores the float32 values and reads twice as much per step
                 wide.get_rt_info()["decompression_0"] = ""
             return wide
-        rows, groups = weight.scales.shape
+        (rows, groups), element = weight.scales.shape, _ELEMENT[weight.dtype]
         if groups == 1:
-            return opset.multiply(
-                opset.convert(self._shared(weight.values, Type.i8), "f32"), self._shared(weight.scales)
-            )
-        grouped = self._shared(weight.values.reshape(rows, groups, -1), Type.i8)
+            codes = self._shared(weight.values, element, weight.shape)
+            return opset.multiply(opset.convert(codes, "f32"), self._shared(weight.scales))
+        grouped = self._shared(weight.values, element, (rows, groups, weight.shape[1] // groups))
         product = opset.multiply(opset.convert(grouped, "f32"), self._shared(weight.scales[:, :, None]))
         return opset.reshape(product, _constant(list(weight.shape), np.int64), False)
 

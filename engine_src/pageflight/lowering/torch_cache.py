@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pageflight.models.config import DecoderConfig
 
-_ELEMENT = {"fp32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
+_ELEMENT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8}
 KV_DTYPES = tuple(_ELEMENT)
 _LEVELS = 255
 

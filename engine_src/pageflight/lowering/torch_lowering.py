@@ -13,13 +13,20 @@ from torch import Tensor
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.lowering.alone import AloneModel
 from pageflight.lowering.base import CompiledModel, StepInputs
-from pageflight.lowering.engine_dir import Verification, compare_fingerprints, open_engine
+from pageflight.lowering.engine_dir import EngineDir, Verification, compare_fingerprints, open_engine
 from pageflight.lowering.torch_cache import KV_DTYPES, BlockCache
 from pageflight.lowering.torch_ops import EagerOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+_COMPUTE = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float32,
+    "int8": torch.float32,
+    "int4": torch.float32,
+}
 
 
 class TorchModel:
@@ -73,7 +80,7 @@ def _index(ids: NDArray[np.int32]) -> Tensor:
 
 
 class TorchLowering:
-    """The reference. int8 weights are widened to float32 at each use, activations are float32 then."""
+    """The reference. Quantised weights are widened to float32 at each use, activations are float32 between products."""
 
     name = "torch"
     block_size = 32
@@ -84,7 +91,7 @@ class TorchLowering:
         return {"torch": torch.__version__, "machine": platform.machine()}
 
     def default_kv_dtype(self, dtype: str) -> str:
-        return "bf16" if dtype == "bf16" else "fp32"
+        return dtype if dtype in ("bf16", "fp16") else "fp32"
 
     def deterministic(self, model: CompiledModel, *, name: str, max_num_tokens: int) -> AloneModel:
         """One sequence at a time: what torch computes in batches depends on their shape."""
@@ -98,10 +105,10 @@ class TorchLowering:
 
     def _check_dtype(self, dtype: str) -> None:
         if dtype not in _COMPUTE:
-            raise ConfigError(f"dtype={dtype!r}: supported are {', '.join(_COMPUTE)}")
+            raise ConfigError(f"dtype={dtype!r}: supported with engine {self.name} are {', '.join(_COMPUTE)}")
 
-    def load(self, engine_dir: Path, *, num_threads: int) -> TorchModel:
-        """Open an engine directory. Raises ManifestMismatch naming what does not fit."""
+    def open(self, engine_dir: Path) -> tuple[EngineDir, Verification]:
+        """Open an engine directory, whose files are being verified. Raises ManifestMismatch naming what is wrong."""
         engine = open_engine(engine_dir, self.name)
         manifest = engine.manifest
         try:
@@ -110,7 +117,12 @@ class TorchLowering:
         except ConfigError as error:
             raise ManifestMismatch(f"{engine_dir}: {error}") from None
         compare_fingerprints(engine_dir, manifest.fingerprint, here)
-        verification = Verification(engine)
+        return engine, Verification(engine)
+
+    def load(self, engine_dir: Path, *, num_threads: int) -> TorchModel:
+        """Load an engine directory. Raises ManifestMismatch naming what does not fit."""
+        engine, verification = self.open(engine_dir)
+        manifest = engine.manifest
         if num_threads:
             torch.set_num_threads(num_threads)
         ops = EagerOps(engine.config, engine.weights, manifest.max_model_len, _COMPUTE[manifest.dtype])

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from pageflight.lowering.base import StepInputs
 from pageflight.lowering.torch_cache import BlockCache
+from pageflight.lowering.torch_weight import TorchWeight
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
 from pageflight.quant.store import WeightStore
-from pageflight.quant.weight import Weight
 
 
 class EagerOps:
@@ -27,7 +27,7 @@ class EagerOps:
     def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int, compute: torch.dtype) -> None:
         self._config, self._weights, self._compute = config, weights, compute
         self.cache: BlockCache | None = None
-        self._loaded: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._loaded: dict[str, TorchWeight] = {}
         self._tables = tuple(torch.from_numpy(table) for table in rope_tables(config, num_positions))
 
     def prepare(self, inputs: StepInputs, block_size: int) -> None:
@@ -55,9 +55,9 @@ class EagerOps:
         return ids, positions, take
 
     def embed(self, ids: Tensor, weight: str) -> Tensor:
-        values, scales = self._load(weight)
-        assert scales is None, "tables are stored unquantised"
-        return functional.embedding(ids, values).to(self._compute)
+        table = self._load(weight)
+        assert table.scales is None, "tables are stored unquantised"
+        return functional.embedding(ids, table.values).to(self._compute)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]
@@ -70,15 +70,11 @@ class EagerOps:
         """Computed in float32 and rounded once, as the checkpoints' own code does."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (self._load(weight)[0].float() * normed).to(x.dtype)
+        return (self._load(weight).values.float() * normed).to(x.dtype)
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        values, scales = self._load(weight)
-        if scales is not None:  # widened at every use: int8 weights stay int8 in memory
-            rows, groups = scales.shape
-            values = (values.view(rows, groups, -1).float() * scales[:, :, None]).view(rows, -1)
-        offset = None if bias is None else self._load(bias)[0].to(x.dtype)
-        return functional.linear(x, values.to(x.dtype), offset)
+        offset = None if bias is None else self._load(bias).values.to(x.dtype)
+        return self._load(weight).product(x, offset)
 
     def split(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         return torch.split(x, list(sizes), 1)
@@ -110,15 +106,7 @@ class EagerOps:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
-    def _load(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _load(self, name: str) -> TorchWeight:
         if name not in self._loaded:
-            self._loaded[name] = _tensors(self._weights[name])
+            self._loaded[name] = TorchWeight.of(self._weights[name])
         return self._loaded[name]
-
-
-def _tensors(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """A weight and its scales as torch tensors of their own memory (the file is mapped read-only)."""
-    values = torch.from_numpy(weight.values.copy())
-    if weight.dtype == "BF16":
-        values = values.view(torch.bfloat16)
-    return values, None if weight.scales is None else torch.from_numpy(weight.scales.copy())

@@ -1,4 +1,6 @@
-"""Reading and writing one safetensors file through a memory map; bf16 is carried as uint16, for numpy has none.
+"""Reading and writing one safetensors file through a memory map.
+
+numpy has neither bf16 nor fp8: their bits are carried as uint16 and uint8.
 
 Format: 8 bytes little-endian length, a JSON header of that length, then the tensors without gaps
 (huggingface.co/docs/safetensors).
@@ -33,6 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I16": np.dtype("<i2"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
 
@@ -67,7 +70,7 @@ class SafetensorsFile:
         self.metadata, self.records = _read_header(path, self._map, size)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view; bf16 as uint16 bits."""
+        """The tensor as a read-only view; bf16 as uint16 bits, fp8 as uint8 bits."""
         record = self.records[name]
         if record.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} has dtype {record.dtype}; supported are {', '.join(DTYPES)}")

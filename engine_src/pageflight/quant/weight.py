@@ -1,4 +1,4 @@
-"""The one in-memory form of a weight, and round-to-nearest int8.
+"""The one in-memory form of a weight, whatever method rounded it, and round-to-nearest int8.
 
 Shapes: N outputs, K inputs, G groups of inputs per output.
 """
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pageflight.core.errors import ConfigError
 from pageflight.models.bits import bf16_values
+from pageflight.quant.float8 import e4m3_values
+from pageflight.quant.int4 import unpack_int4
 
 INT8_LIMIT = 127
 
@@ -21,18 +23,27 @@ INT8_LIMIT = 127
 class Weight:
     """A weight as the engine directory stores it.
 
-    `dtype` F32: float32 values; BF16: bf16 bits in uint16; I8: symmetric int8 [N, K] with float32 `scales` [N, G],
-    where column k belongs to group k // (K / G) and the weight is values × scale.
+    `dtype` F32: float32 values; F16: float16; BF16: bf16 bits in uint16. The quantised ones are codes × float32
+    `scales`: I8, symmetric int8 [N, K], and I4, symmetric int4 packed in pairs [N, K / 2], with scales [N, G], where
+    column k belongs to group k // (K / G); F8_E4M3, e4m3 bits in uint8 [N, K], with scales [N, 1] (per output) or
+    [1, 1] (per tensor).
+
+    Products of F8_E4M3 weights round their activations to e4m3 too, those of I8 weights to int8 where `input_scale`
+    is given: it is the activations' scale for all tokens, found by calibration. Without it, F8_E4M3 takes the largest
+    magnitude of each token, and I8 leaves activations as they are.
     """
 
     name: str
     dtype: str
     values: NDArray[Any]
     scales: NDArray[np.float32] | None = None
+    input_scale: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        """[N, K] of a matrix, packed or not."""
+        rows, *columns = self.values.shape
+        return (rows, 2 * columns[0]) if self.dtype == "I4" else self.values.shape
 
     @property
     def num_bytes(self) -> int:
@@ -40,16 +51,26 @@ class Weight:
 
     def rows(self, part: slice) -> Weight:
         """The weight of some outputs only, sharing memory."""
-        return Weight(self.name, self.dtype, self.values[part], None if self.scales is None else self.scales[part])
+        scales = self.scales
+        if scales is not None and len(scales) == self.shape[0]:  # a scale per tensor holds for its parts
+            scales = scales[part]
+        return Weight(self.name, self.dtype, self.values[part], scales, self.input_scale)
 
     def float32(self) -> NDArray[np.float32]:
         """The value of every element, whatever the form: the reference of every lowering."""
-        if self.dtype == "F32":
+        if self.dtype in ("F32", "F16"):
             return np.asarray(self.values, np.float32)
         if self.dtype == "BF16":
             return bf16_values(self.values)
-        assert self.dtype == "I8" and self.scales is not None, self.dtype
-        return dequantise(self.values, self.scales)
+        assert self.scales is not None, self.dtype
+        return dequantise(self.codes(), self.scales)
+
+    def codes(self) -> NDArray[Any]:
+        """What a quantised weight multiplies by its scales, [N, K]: int8, or the values of e4m3 as float32."""
+        if self.dtype == "F8_E4M3":
+            return e4m3_values(self.values)
+        assert self.dtype in ("I8", "I4"), self.dtype
+        return unpack_int4(self.values) if self.dtype == "I4" else self.values
 
 
 def num_groups(num_inputs: int, group_size: int) -> int:
@@ -74,8 +95,8 @@ def quantise(values: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.i
     return rounded.astype(np.int8).reshape(rows, columns), scales
 
 
-def dequantise(values: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 [N, K] of int8 [N, K] with scales [N, G]."""
-    rows, columns = values.shape
-    grouped = values.reshape(rows, scales.shape[1], -1).astype(np.float32) * scales[:, :, None]
+def dequantise(codes: NDArray[Any], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [N, K] of codes [N, K] with scales [N, G] or [1, 1]."""
+    rows, columns = codes.shape
+    grouped = codes.reshape(rows, scales.shape[1], -1).astype(np.float32) * scales[:, :, None]
     return grouped.reshape(rows, columns)

@@ -21,6 +21,7 @@ class RunnerLimits:
     num_host_blocks: int = 0
     host_copy_s: float = 0.0  # seconds of copying one block between device and host, as measured
     replay_rows: int = 1
+    max_in_flight: int = 1  # steps that may be submitted before the first of them is collected
 
 
 class Runner(Protocol):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.kv.capacity import Capacity, resolve_capacity
 from pageflight.lowering import registry
+from pageflight.runners.base import Runner
 from pageflight.runners.local import LocalRunner
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LoadedEngine:
     """A runner, what it runs, how much cache it got and why."""
 
-    runner: LocalRunner
+    runner: Runner
     manifest: EngineManifest
     capacity: Capacity
     num_threads: int
@@ -30,13 +35,18 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
     The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
     where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
-    something else, ConfigError for settings that cannot work.
+    something else, ConfigError for settings that cannot work. The torch lowering runs on a GPU where there is one.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
     if num_instances < 1:
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
+    if manifest.lowering == "torch" and (device := _gpu()) is not None:
+        from pageflight.runners.device_factory import load_on_gpu  # imports torch and triton
+
+        on_gpu, capacity = load_on_gpu(engine_dir, config, device, num_instances=num_instances)
+        return LoadedEngine(runner=on_gpu, manifest=manifest, capacity=capacity, num_threads=1)
     num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
     lowering = registry.get(manifest.lowering)
     model = lowering.load(engine_dir, num_threads=num_threads)
@@ -64,6 +74,15 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
         model.close()
         raise
     return LoadedEngine(runner=runner, manifest=manifest, capacity=capacity, num_threads=num_threads)
+
+
+def _gpu() -> torch.device | None:
+    """The GPU that engines of the torch lowering run on; None without one, or without torch."""
+    try:
+        from pageflight.runners.device_factory import find_gpu
+    except ModuleNotFoundError:  # torch or triton: the lowering says what to install
+        return None
+    return find_gpu()
 
 
 def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,0 +1,201 @@
+"""From the definition to engines: networks, profiles, serialised bytes, and the plan that says how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pageflight.core.errors import ConfigError, ManifestMismatch
+from pageflight.lowering.tensorrt_network import Network
+from pageflight.lowering.tensorrt_ops import StoredTensors, TensorRtOps, stored_name
+from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Run, Segment, profiles
+from pageflight.lowering.tensorrt_target import TensorRtTarget, import_flavor
+from pageflight.models.config import DecoderConfig
+from pageflight.models.decoder import decoder
+from pageflight.models.weights import EMBED, HEAD
+from pageflight.quant.forms import WeightForm
+from pageflight.quant.store import WeightStore
+
+ENGINE_FOLDER = "segments"
+_SHOWN_ERRORS = 3
+
+Forms = Mapping[str, WeightForm]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Networks:
+    """The networks of a decoder by segment, in the order they run. `builder` must outlive them."""
+
+    builder: Any
+    log: Any
+    segments: dict[str, Network]
+
+
+def lower(
+    trt: Any,
+    config: DecoderConfig,
+    forms: Forms,
+    *,
+    activations: str,
+    num_positions: int,
+    constants: StoredTensors | None = None,
+) -> Networks:
+    """The definition as networks. With weights as inputs, `mid` is one for all layers; else each layer has its own.
+
+    Raises ManifestMismatch when weights are inputs and layers differ in the form of theirs, ConfigError when there is
+    no builder here.
+    """
+    log = _log(trt)
+    try:
+        builder = trt.Builder(log)
+    except (TypeError, RuntimeError) as error:  # a builder that looks for its GPU, and finds none
+        raise ConfigError(
+            f"{trt.__name__} {trt.__version__} cannot build here: {'; '.join(log.errors) or error}; flavor 'full' needs"
+            " the GPU that it builds for, flavor 'rtx' none"
+        ) from None
+    if constants is None:
+        _check_layers(forms)
+        config = replace(config, num_layers=min(2, config.num_layers))
+    if HEAD not in forms:
+        forms = {**forms, HEAD: forms[EMBED]}  # tied
+    ops = TensorRtOps(
+        trt, builder, config, forms, activations=activations, num_positions=num_positions, constants=constants
+    )
+    networks = ops.finish(decoder(ops, config))
+    return Networks(
+        builder, log, dict(zip(_names(config.num_layers, every_layer=constants is not None), networks, strict=True))
+    )
+
+
+def build_network(
+    trt: Any, networks: Networks, name: str, target: TensorRtTarget, steps: tuple[Profile, ...]
+) -> memoryview:
+    """The serialised engine of one segment. Raises ConfigError with the builder's own words when it cannot be built."""
+    network, settings = networks.segments[name], networks.builder.create_builder_config()
+    settings.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what others are compared with: all of its bits count
+    for step in steps:
+        index = settings.add_optimization_profile(_profile(networks.builder, network, step))
+        assert index >= 0, step
+    if target.compute_capabilities:
+        settings.num_compute_capabilities = len(target.compute_capabilities)
+        for index, capability in enumerate(target.compute_capabilities):
+            settings.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    networks.log.errors.clear()
+    engine = networks.builder.build_serialized_network(network.definition, settings)
+    if engine is None:
+        reasons = "; ".join(networks.log.errors[:_SHOWN_ERRORS]) or "it gave no reason"
+        raise ConfigError(f"{trt.__name__} {trt.__version__} cannot build segment {name!r}: {reasons}")
+    return memoryview(engine).cast("B")  # a copy of one with its weights inside would be large
+
+
+def build_engines(
+    folder: Path,
+    config: DecoderConfig,
+    store: WeightStore,
+    target: TensorRtTarget,
+    *,
+    activations: str,
+    num_positions: int,
+    advance: Callable[[int, int], None],
+) -> EnginePlan:
+    """Build all segments of the weights in `store` into `folder` and write their plan beside them.
+
+    `advance` counts segments. Raises ConfigError when the package is missing or cannot build one of them.
+    """
+    trt = import_flavor(target.flavor)
+    constants = store if target.weights == "constant" else None
+    networks = lower(
+        trt, config, store.forms, activations=activations, num_positions=num_positions, constants=constants
+    )
+    steps = profiles(target.max_num_seqs, target.max_num_tokens)
+    (folder / ENGINE_FOLDER).mkdir()
+    segments = []
+    for name, network in networks.segments.items():
+        engine = build_network(trt, networks, name, target, steps)
+        file = f"{ENGINE_FOLDER}/{name}.engine"
+        (folder / file).write_bytes(engine)
+        segments.append(
+            Segment(
+                name=name,
+                file=file,
+                num_bytes=len(engine),
+                inputs=tuple(network.inputs),
+                outputs=tuple(network.outputs),
+            )
+        )
+        advance(len(segments), len(networks.segments))
+    plan = EnginePlan(
+        flavor=target.flavor,
+        compute_capabilities=target.compute_capabilities,
+        activations=activations,
+        weights=target.weights,
+        profiles=steps,
+        segments=tuple(segments),
+        runs=tuple(plan_runs(config.num_layers, {item.name: item for item in segments}, store)),
+    )
+    plan.write(folder)
+    return plan
+
+
+def plan_runs(num_layers: int, segments: Mapping[str, Segment], store: WeightStore) -> Iterator[Run]:
+    """One step as executions of segments. The residual has two buffers, for no engine may write where it reads."""
+    shared = "mid" in segments
+    names = ("first", *["mid"] * (num_layers - 1), "last") if shared else _names(num_layers, every_layer=True)
+    for index, name in enumerate(names):
+        segment = segments[name]
+        residuals = {"residual": f"residual.{index % 2}", "next_residual": f"residual.{(index + 1) % 2}"}
+        weights = [spec.name for spec in segment.inputs if spec.kind == "weight"]
+        moving = [spec.name for spec in (*segment.inputs, *segment.outputs) if spec.kind in ("step", "activation")]
+        yield Run(
+            segment=name,
+            attention=index if index < num_layers else -1,
+            weights={weight: store.stored_name(stored_name(weight, index)) for weight in weights},
+            buffers={name: residuals.get(name, name) for name in moving},
+        )
+
+
+def _names(num_layers: int, *, every_layer: bool) -> tuple[str, ...]:
+    mids = [f"mid{layer}" if every_layer else "mid" for layer in range(1, num_layers)]
+    return ("first", *mids, "last")
+
+
+def _check_layers(forms: Forms) -> None:
+    """Raises ManifestMismatch for a weight that is stored in another form than that of the first layer."""
+    for name, form in forms.items():
+        if name.startswith("layers."):
+            first = "layers.0." + name.split(".", 2)[2]
+            if form != forms[first]:
+                raise ManifestMismatch(
+                    f"{name} is stored as {form}, {first} as {forms[first]}: layers that differ need weights=constant"
+                )
+
+
+def _profile(builder: Any, network: Network, step: Profile) -> Any:
+    most = {TOKENS: step.max_tokens, ROWS: step.max_rows}
+    least = {TOKENS: step.min_tokens, ROWS: 1}
+    profile = builder.create_optimization_profile()
+    for spec in network.inputs:
+        if any(isinstance(extent, str) for extent in spec.shape):
+            low, high = (
+                tuple(sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape)
+                for sizes in (least, most)
+            )
+            profile.set_shape(spec.name, low, high, high)
+    return profile
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors for the exception that follows them; the rest is of no use to anybody."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Log()

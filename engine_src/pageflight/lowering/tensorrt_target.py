@@ -1,0 +1,81 @@
+"""What TensorRT engines are built for, and which package builds them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from pageflight.core.errors import ConfigError
+
+FLAVORS = ("rtx", "full")
+WEIGHTS = ("input", "constant")
+_PACKAGES = {"rtx": "tensorrt_rtx", "full": "tensorrt"}
+_SOURCES = {
+    "rtx": "install pageflight[tensorrt]",
+    "full": "it comes from NVIDIA's package index (pip install tensorrt) and in its container nvcr.io/nvidia/tensorrt,"
+    " and needs the GPU that it builds for; --flavor rtx builds without one",
+}
+_LEAST_CAPABILITY = {"fp16": 75, "fp32": 80, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+"""By dtype of the weights, with the activations it has: the RTX builder refuses older GPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRtTarget:
+    """A flavor of TensorRT, the GPUs to build for (89 is compute capability 8.9; none: all that it can), and whether
+    weights are inputs of the engines or constants in them. Steps have up to `max_num_seqs` rows that sample and
+    `max_num_tokens` tokens.
+    """
+
+    flavor: str = "rtx"
+    compute_capabilities: tuple[int, ...] = ()
+    weights: str = "input"
+    max_num_seqs: int = 256
+    max_num_tokens: int = 256
+
+
+def package_of(flavor: str) -> str:
+    """The name of the module that builds `flavor`."""
+    return _PACKAGES[flavor]
+
+
+def import_flavor(flavor: str) -> Any:
+    """The module that builds `flavor`. Raises ConfigError saying where to get it when it is not here."""
+    try:
+        return importlib.import_module(_PACKAGES[flavor])
+    except ImportError as error:
+        reason = f"flavor={flavor!r} needs the package {_PACKAGES[flavor]}, which cannot be imported ({error})"
+        raise ConfigError(f"{reason}; {_SOURCES[flavor]}") from None
+
+
+def check_capabilities(trt: Any, target: TensorRtTarget, dtype: str) -> None:
+    """Raises ConfigError for compute capabilities that the package does not know, or that lack `dtype`."""
+    chosen = target.compute_capabilities
+    if target.flavor == "full":
+        if chosen:
+            raise ConfigError(
+                f"compute_capability={_listed(chosen)}: flavor 'full' builds for the GPU of this machine only;"
+                " leave it out, or use flavor 'rtx'"
+            )
+        return
+    known = known_capabilities(trt)
+    unknown = [capability for capability in chosen if capability not in known]
+    if unknown:
+        raise ConfigError(
+            f"compute_capability={_listed(unknown)}: {package_of(target.flavor)} {trt.__version__} builds for"
+            f" {_listed(known)}; flavor 'full' has the others"
+        )
+    least = _LEAST_CAPABILITY[dtype]
+    older = [capability for capability in chosen if capability < least]
+    if older:
+        raise ConfigError(f"compute_capability={_listed(older)}: dtype {dtype} needs {least} or later")
+
+
+def known_capabilities(trt: Any) -> tuple[int, ...]:
+    """The compute capabilities that an RTX builder can be told to build for."""
+    names = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    return tuple(sorted(int(name.removeprefix("SM")) for name in names))
+
+
+def _listed(capabilities: tuple[int, ...] | list[int]) -> str:
+    return ",".join(map(str, capabilities))

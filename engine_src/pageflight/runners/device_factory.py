@@ -1,0 +1,77 @@
+"""From an engine directory to a runner on a GPU, with what memory the GPU has left for K/V blocks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError
+from pageflight.kv.capacity import Capacity, FreeMemory, free_memory, resolve_capacity
+from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.runners.device import DeviceRunner
+
+log = logging.getLogger(__name__)
+
+RESERVED_BYTES = 1 << 30
+"""For what is not measured beforehand: captured graphs, library handles, splits of contexts."""
+
+
+def find_gpu() -> torch.device | None:
+    """The GPU that this process is to use; None where there is none, or torch was built without CUDA."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def load_on_gpu(
+    engine_dir: Path, config: EngineConfig, device: torch.device, *, num_instances: int = 1
+) -> tuple[DeviceRunner, Capacity]:
+    """Load an engine of the torch lowering onto `device`.
+
+    Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
+    which is measured. Raises ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot
+    work.
+    """
+    if config.scheduler.deterministic:
+        raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
+    engine, verification = TorchLowering().open(engine_dir)
+    model = DeviceModel(engine, device)
+    verification.finish()
+    manifest = engine.manifest
+    scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
+    most_tokens = scheduler.max_num_tokens + scheduler.max_num_seqs
+    pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
+    capacity = resolve_capacity(
+        replace(config.kv, block_size=model.block_size),
+        scheduler,
+        bytes_per_block=model.kv_bytes_per_block,
+        free=_free(device, config.kv.gpu_memory_utilization, pass_bytes),
+        host_free=free_memory() if device.type == "cuda" else None,
+        num_instances=num_instances,
+        fraction=1.0,
+    )
+    log.info("%s: a pass takes %d bytes; cache: %s", device, pass_bytes, capacity.reason)
+    runner = DeviceRunner(
+        model,
+        num_blocks=capacity.kv.num_blocks,
+        num_host_blocks=capacity.kv.num_host_blocks,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_tokens=most_tokens,
+        max_model_len=capacity.max_sequence_len,
+    )
+    return runner, capacity
+
+
+def _free(device: torch.device, utilization: float, pass_bytes: int) -> FreeMemory | None:
+    """Memory for blocks; None takes what the host has, for a device that is the host's processor."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    left, total = torch.cuda.mem_get_info(device)
+    used = total - left
+    num_bytes = max(0, int(total * utilization) - used - pass_bytes - RESERVED_BYTES)
+    name = torch.cuda.get_device_name(device)
+    return FreeMemory(num_bytes=num_bytes, source=f"gpu_memory_utilization={utilization:g} of {name}, {used} in use")

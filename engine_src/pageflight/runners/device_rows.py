@@ -1,0 +1,180 @@
+"""Rows of the batch on the device, kept up by one copy and one launch a step.
+
+Shapes: R rows, P most tokens of a row, B most blocks of a row; S rows that run, T packed tokens, L rows that sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pageflight.core.plan import RowStart, StepPlan
+from pageflight.kernels.sampling import RowParameters, packed
+from pageflight.kernels.step_inputs import scatter
+
+Int32Array = NDArray[np.int32]
+NUM_STAGES = 3  # one being filled while one travels and one is read
+MAX_CHANGES = 1 << 16  # words changed by one launch
+_NO_WORDS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class StagedStep:
+    """Where the device finds what a step runs: views of one buffer, int32."""
+
+    rows_S: Tensor  # padded with -1
+    starts_S: Tensor
+    sample_rows_L: Tensor  # padded with -1
+    token_begins: Tensor | None = None  # [S + 1]
+    sequences_T: Tensor | None = None
+    take_L: Tensor | None = None
+
+
+class DeviceRows:
+    """Tokens, block tables and sampling parameters of all rows, in one int32 tensor."""
+
+    def __init__(
+        self, *, max_num_seqs: int, max_num_tokens: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        """`max_num_tokens`: the most that a step has."""
+        self.num_rows, self.stride_tokens, self.block_size = max_num_seqs, max_model_len, block_size
+        self.stride_tables = -(-max_model_len // block_size)
+        num_tokens, num_tables = max_num_seqs * self.stride_tokens, max_num_seqs * self.stride_tables
+        self.tables_at = num_tokens
+        floats, integers = packed_rows(max_num_seqs)
+        floats_at = (num_tokens + num_tables + 1) // 2 * 2  # eight-byte words begin at even ones
+        integers_at = floats_at + floats.size
+        assert integers_at + integers.size < 2**31, "words are numbered in 32 bits"
+        self.state = torch.zeros(integers_at + integers.size, dtype=torch.int32, device=device)
+        self.state[floats_at:] = torch.from_numpy(np.concatenate([floats, integers])).to(device)
+        self.tables_RB = self.state[num_tokens : num_tokens + num_tables].view(max_num_seqs, self.stride_tables)
+        self.parameters = RowParameters(
+            floats=self.state[floats_at:integers_at].view(torch.float64).view(max_num_seqs, -1),
+            integers=self.state[integers_at:].view(torch.int64).view(max_num_seqs, -1),
+        )
+        self._parameters_at = ((floats_at, floats.size // max_num_seqs), (integers_at, integers.size // max_num_seqs))
+        self.num_tokens_R = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._staging = _Staging(5 * max_num_seqs + 1 + max_num_tokens + 2 * MAX_CHANGES, device)
+        self._pending: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
+
+    def change(self, plan: StepPlan) -> None:
+        """Rows that start and block tables that change; they reach the device with the next `stage`."""
+        for start in plan.starts:
+            self._start(start)
+        if plan.table_rows is not None and plan.table_columns is not None and plan.table_blocks is not None:
+            words = self.tables_at + plan.table_rows.astype(np.int64) * self.stride_tables + plan.table_columns
+            self._pending.append((words.astype(np.int32), plan.table_blocks.astype(np.int32)))
+
+    def put(self, rows_L: Int32Array, positions_L: Int32Array, ids_L: Int32Array) -> None:
+        """Tokens that the host chose."""
+        words = rows_L.astype(np.int64) * self.stride_tokens + positions_L
+        self._pending.append((words.astype(np.int32), ids_L.astype(np.int32)))
+
+    def _start(self, start: RowStart) -> None:
+        row, num_tokens = start.row, start.token_ids.size
+        assert 0 < num_tokens <= self.stride_tokens, "a sequence starts with at least one token and fits its row"
+        first = row * self.stride_tokens
+        self._pending.append((np.arange(first, first + num_tokens, dtype=np.int32), start.token_ids.astype(np.int32)))
+        lines = packed(start.sampling, start.sequence_index)
+        for (at, size), line in zip(self._parameters_at, lines, strict=True):
+            words = np.arange(at + row * size, at + (row + 1) * size, dtype=np.int32)
+            self._pending.append((words, line.numpy().view(np.int32)))
+
+    def stage_decode(self, rows_S: Int32Array, starts_S: Int32Array, bucket: int) -> StagedStep:
+        """A step of one token for every row, filled up with padding to `bucket` rows."""
+        rows = np.full(bucket, -1, np.int32)
+        starts = np.zeros(bucket, np.int32)
+        rows[: len(rows_S)], starts[: len(starts_S)] = rows_S, starts_S
+        # Rows of padding run as well as sample: both read the same place, which a captured graph knows.
+        on_rows, on_starts = self._stage((rows, starts), places=(0, self.num_rows))
+        return StagedStep(rows_S=on_rows, starts_S=on_starts, sample_rows_L=on_rows)
+
+    def stage_mixed(self, plan: StepPlan, num_tokens: int) -> StagedStep:
+        """A step with chunks, exactly as planned."""
+        begins = np.zeros(plan.rows.size + 1, np.int32)
+        np.cumsum(plan.lengths, out=begins[1:])
+        parts = (
+            plan.rows,
+            plan.starts_at.astype(np.int32),
+            begins,
+            plan.rows[plan.samples],
+            (begins[1:] - 1)[plan.samples],
+            np.repeat(np.arange(plan.rows.size, dtype=np.int32), plan.lengths),
+        )
+        rows, starts, token_begins, sample_rows, take, sequences = self._stage(parts)
+        assert len(sequences) == num_tokens
+        return StagedStep(rows, starts, sample_rows, token_begins, sequences, take)
+
+    def flush(self) -> None:
+        """What has changed reaches the device without a step."""
+        self._stage(())
+
+    def _stage(self, parts: Sequence[Int32Array], places: Sequence[int] | None = None) -> list[Tensor]:
+        """Copy `parts` and the pending changes over, apply these, and return where the parts lie."""
+        words, values = self._take_changes()
+        while words.size > MAX_CHANGES:
+            self._send((), None, words[:MAX_CHANGES], values[:MAX_CHANGES])
+            words, values = words[MAX_CHANGES:], values[MAX_CHANGES:]
+        return self._send(parts, places, words, values)
+
+    def _send(
+        self, parts: Sequence[Int32Array], places: Sequence[int] | None, words: Int32Array, values: Int32Array
+    ) -> list[Tensor]:
+        *on_parts, on_words, on_values = self._staging.send((*parts, words, values), places)
+        scatter(self.state, on_words, on_values)
+        return on_parts
+
+    def _take_changes(self) -> tuple[Int32Array, Int32Array]:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return _NO_WORDS, _NO_WORDS
+        words, values = (np.concatenate(part) for part in zip(*pending, strict=True))
+        if len(pending) > 1:  # a word changed twice has its last value
+            _, last = np.unique(words[::-1], return_index=True)
+            keep = np.sort(words.size - 1 - last)
+            words, values = words[keep], values[keep]
+        return words, values
+
+
+class _Staging:
+    """Buffers in rotation on the host, one on the device."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._device = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._host = [torch.zeros(num_words, dtype=torch.int32, pin_memory=is_gpu) for _ in range(NUM_STAGES)]
+        self._sent: list[torch.cuda.Event | None] = [None] * NUM_STAGES
+        if is_gpu:
+            self._sent = [torch.cuda.Event() for _ in range(NUM_STAGES)]  # type: ignore[no-untyped-call]
+        self._next = 0
+
+    def send(self, parts: Sequence[Int32Array], places: Sequence[int] | None) -> list[Tensor]:
+        """One copy of all parts, one after another, the first ones at `places` where given; where they lie then."""
+        begins, at = [], 0
+        for index, part in enumerate(parts):
+            at = places[index] if places is not None and index < len(places) else at
+            begins.append(at)
+            at += part.size
+        assert at <= len(self._device), f"a step of {at} words, room for {len(self._device)}"
+        host, sent = self._host[self._next], self._sent[self._next]
+        if sent is not None:
+            sent.synchronize()  # the copy out of it three steps ago
+        filled = host.numpy()
+        for begin, part in zip(begins, parts, strict=True):
+            filled[begin : begin + part.size] = part
+        self._device[:at].copy_(host[:at], non_blocking=True)
+        if sent is not None:
+            sent.record()
+        self._next = (self._next + 1) % NUM_STAGES
+        return [self._device[begin : begin + part.size] for begin, part in zip(begins, parts, strict=True)]
+
+
+def packed_rows(num_rows: int) -> tuple[Int32Array, Int32Array]:
+    """Words of the sampling parameters of greedy rows: floats of all rows, then integers of all rows."""
+    parameters = RowParameters.empty(num_rows, 1, "cpu")
+    return parameters.floats.numpy().view(np.int32).ravel(), parameters.integers.numpy().view(np.int32).ravel()

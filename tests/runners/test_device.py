@@ -1,0 +1,198 @@
+"""The runner for GPUs, in Triton's interpreter on the CPU: the same requests, the same ids as from the local one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engines import make_checkpoint, make_engine, serve
+
+from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.errors import ConfigError
+from pageflight.core.plan import RowStart, StepPlan
+from pageflight.core.request import Request, SamplingParams
+from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
+from pageflight.loop.in_memory import InMemoryMailbox
+from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.engine_dir import open_engine
+from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.runners.device import DeviceRunner
+from pageflight.runners.device_factory import load_on_gpu
+from pageflight.runners.local import LocalRunner
+from pageflight.sched.scheduler import Scheduler
+
+MAX_LEN = 96
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("device")
+    make_checkpoint(folder / "checkpoint")
+    return make_engine(folder / "checkpoint", folder / "engine", "torch", MAX_LEN)
+
+
+def runner_of(engine_dir: Path, *, num_blocks: int, num_host_blocks: int = 0, max_num_tokens: int = 40) -> DeviceRunner:
+    model = DeviceModel(open_engine(engine_dir, "torch"), torch.device("cpu"))
+    return DeviceRunner(
+        model,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        max_num_seqs=8,
+        max_num_tokens=max_num_tokens,
+        max_model_len=MAX_LEN,
+    )
+
+
+def request(handle: int, num_prompt: int, **wishes: object) -> Request:
+    ids = np.random.default_rng(handle).integers(2, 190, num_prompt)
+    sampling = SamplingParams(**{"max_tokens": 5, "seed": handle, **wishes})
+    return Request(handle=handle, prompt_ids=tuple(ids.tolist()), sampling=sampling)
+
+
+def served_on_device(
+    runner: DeviceRunner, requests: list[Request], *, ahead: bool, host_blocks: int = 0
+) -> tuple[dict[int, list[int]], dict[int, list[float]], Scheduler]:
+    limits = runner.limits
+    config = SchedulerConfig(
+        max_num_tokens=40,
+        max_num_seqs=8,
+        max_model_len=MAX_LEN,
+        kv_admission="optimistic" if host_blocks else "forecast",
+    )
+    kv = KVConfig(num_blocks=limits.num_blocks, num_host_blocks=host_blocks, block_size=limits.block_size)
+    scheduler = Scheduler(config, kv, vocab_size=limits.vocab_size)
+    mailbox = InMemoryMailbox()
+    mailbox.send(*[Submit(each) for each in requests], Drain())
+    EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, ahead=ahead).run()
+    runner.close()
+    assert not mailbox.take_rejections()
+    ids: dict[int, list[int]] = defaultdict(list)
+    log_probs: dict[int, list[float]] = defaultdict(list)
+    for events in mailbox.take_events():
+        for index, handle in enumerate(events.handles.tolist()):
+            ids[handle].append(int(events.ids[index]))
+            if events.log_probs is not None:
+                log_probs[handle].append(float(events.log_probs[index]))
+    return dict(ids), dict(log_probs)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ids_are_those_of_the_local_runner(engine_dir: Path, ahead: bool) -> None:
+    """Prompts in chunks beside decoding rows, greedy and sampled, rows taken anew: whatever the device mirrors of a row
+    would show."""
+    requests = [
+        request(0, 70),
+        request(1, 5, temperature=1.0),
+        request(2, 33, temperature=0.8, top_k=12),
+        request(3, 31, temperature=1.2, top_p=0.7, log_probs=True),
+        request(4, 32, max_tokens=3),
+        request(5, 1, temperature=1.0, min_p=0.05),
+        *(request(number, 6 + number, max_tokens=2) for number in range(6, 10)),
+    ]
+    expected = serve(engine_dir, requests, max_num_tokens=40)
+    ids, log_probs = served_on_device(runner_of(engine_dir, num_blocks=40), requests, ahead=ahead)
+    assert ids == expected.ids
+    assert log_probs[3] == pytest.approx(expected.log_probs[3], abs=1e-4)
+
+
+def test_wishes_that_only_the_host_knows_are_met(engine_dir: Path) -> None:
+    """Penalties, bias and bad words beside rows that the device samples: their ids must reach the device too."""
+    requests = [
+        request(0, 9, repetition_penalty=1.5),
+        request(1, 12, temperature=1.0),
+        request(2, 7, temperature=1.0, logit_bias=((17, 5.0),), log_probs=True),
+        request(3, 20, bad_words_ids=((5,), (6, 7)), max_tokens=7),
+    ]
+    expected = serve(engine_dir, requests, max_num_tokens=40)
+    ids, log_probs = served_on_device(runner_of(engine_dir, num_blocks=40), requests, ahead=True)
+    assert ids == expected.ids
+    assert log_probs[2] == pytest.approx(expected.log_probs[2], abs=1e-4)
+
+
+def test_an_engine_is_loaded_onto_a_device_with_its_blocks(engine_dir: Path) -> None:
+    """What a GPU has left is for blocks; here the device is the processor, and its memory the host's."""
+    config = EngineConfig(
+        kv=KVConfig(memory_bytes=1 << 20, host_memory_bytes=1 << 18),
+        scheduler=SchedulerConfig(max_num_tokens=40, max_num_seqs=4, max_model_len=4096),
+    )
+    runner, capacity = load_on_gpu(engine_dir, config, torch.device("cpu"))
+    assert capacity.num_bytes <= 1 << 20 and capacity.kv.num_host_blocks == runner.limits.num_host_blocks > 0
+    assert runner.limits.max_model_len == MAX_LEN and runner.limits.max_in_flight == 2
+    runner.close()
+    refused = replace(config, scheduler=replace(config.scheduler, deterministic=True))
+    with pytest.raises(ConfigError, match="deterministic"):
+        load_on_gpu(engine_dir, refused, torch.device("cpu"))
+
+
+def plan_of(
+    step: int,
+    chunks: list[tuple[int, int, int]],
+    *,
+    starts: tuple[RowStart, ...] = (),
+    ended: tuple[int, ...] = (),
+    table: list[tuple[int, int, int]] | None = None,
+    **copies: list[int],
+) -> StepPlan:
+    rows, begins, lengths = np.array(chunks, np.int32).reshape(-1, 3).T
+    updates = None if table is None else np.array(table, np.int32).T
+    return StepPlan(
+        step=step,
+        rows=rows,
+        starts_at=begins,
+        lengths=lengths,
+        samples=np.ones(len(rows), np.bool_),
+        starts=starts,
+        ended_rows=ended,
+        table_rows=None if updates is None else updates[0],
+        table_columns=None if updates is None else updates[1],
+        table_blocks=None if updates is None else updates[2],
+        **{name: np.array(ids, np.int32) for name, ids in copies.items()},
+    )
+
+
+def test_blocks_come_back_from_the_host_and_are_copied(engine_dir: Path) -> None:
+    """A row goes to the host and comes back as another one in other blocks, which is then forked."""
+    local = LocalRunner(
+        TorchLowering().load(engine_dir, num_threads=1),
+        num_blocks=8,
+        num_host_blocks=4,
+        max_num_seqs=8,
+        max_model_len=MAX_LEN,
+    )
+    device = runner_of(engine_dir, num_blocks=8, num_host_blocks=4)
+    prompt = np.array(request(0, 40).prompt_ids, np.int32)
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=9)
+    known = list(prompt)
+
+    def both(plan: StepPlan) -> list[int]:
+        for runner in (local, device):
+            runner.submit(plan)
+        (ids, others) = (runner.collect().sampled_ids.tolist() for runner in (local, device))
+        assert ids == others
+        return ids
+
+    start = RowStart(0, 0, 0, prompt, 40, sampling)
+    known += both(plan_of(0, [(0, 0, 40)], starts=(start,), table=[(0, 0, 0), (0, 1, 1)]))
+    start = RowStart(5, 1, 0, np.array(known, np.int32), 40, sampling)
+    moves = {"copy_out_blocks": [0, 1], "copy_out_slots": [3, 1], "copy_in_slots": [1, 3], "copy_in_blocks": [2, 6]}
+    known += both(plan_of(1, [(5, 40, 1)], starts=(start,), ended=(0,), table=[(5, 0, 6), (5, 1, 2)], **moves))
+    start = RowStart(7, 2, 1, np.array(known, np.int32), 40, sampling)
+    copies = {"copy_sources": [2], "copy_targets": [4]}
+    ids = both(plan_of(2, [(5, 41, 1), (7, 41, 1)], starts=(start,), table=[(7, 0, 6), (7, 1, 4)], **copies))
+    assert ids[0] != ids[1], "answers with other random numbers"
+    both(plan_of(3, [(5, 42, 1), (7, 42, 1)]))
+    both(plan_of(4, [], ended=(5, 7)))
+
+
+def test_answers_of_one_prompt_share_its_blocks_until_they_part(engine_dir: Path) -> None:
+    """A fork copies the last block before it writes to it."""
+    requests = [replace(request(0, 45), sampling=SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=6))]
+    one, other = (
+        serve(engine_dir, requests, max_num_tokens=40).ids,
+        served_on_device(runner_of(engine_dir, num_blocks=30), requests, ahead=False)[0],
+    )
+    assert one == other and len(one) == 3
