@@ -60,7 +60,7 @@ def pair(workshop, shape, **precision):
     reference = workshop.driver(shape, "torch", **precision)
     dtype, group_size = precision.get("dtype", "fp32"), precision.get("group_size", 0)
     folder = workshop.engine(shape, TorchLowering(), dtype, "fp32", group_size, precision.get("input_scale"))
-    model = DeviceModel(open_engine(folder, "torch"), torch.device("cpu"), compute=torch.float32)
+    model = DeviceModel.load(open_engine(folder, "torch"), torch.device("cpu"), torch.float32)
     model.allocate(reference.num_blocks)
     return reference, type(reference)(HostDriven(model))
 

@@ -36,7 +36,7 @@ def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runner_of(engine_dir: Path, *, num_blocks: int, num_host_blocks: int = 0, max_num_tokens: int = 40) -> DeviceRunner:
-    model = DeviceModel(open_engine(engine_dir, "torch"), torch.device("cpu"))
+    model = DeviceModel.load(open_engine(engine_dir, "torch"), torch.device("cpu"))
     return DeviceRunner(
         model,
         num_blocks=num_blocks,

@@ -5,6 +5,7 @@ Shapes as in `lowering.device_ops`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from pageflight.core.errors import ConfigError
 from pageflight.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks, staging_shape
 from pageflight.lowering.device_ops import DeviceInputs, DeviceOps
+from pageflight.lowering.device_weight import DeviceWeight, load_weights
 from pageflight.lowering.engine_dir import EngineDir
+from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.ops import Ops
 
@@ -31,22 +34,37 @@ KV_ELEMENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 class DeviceModel:
     """Runs passes on `device` with tensors that are there already; nothing waits for the host."""
 
-    def __init__(self, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> None:
-        """`compute`: the type of activations, by default the one that goes with the engine's dtype."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, DeviceWeight],
+        *,
+        kv_dtype: str,
+        block_size: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        """`weights`: every one of the definition, on `device`. Raises ConfigError for a kv dtype that no kernel has."""
+        if kv_dtype not in KV_ELEMENTS:
+            raise ConfigError(f"kv_dtype={kv_dtype!r}: on a GPU supported are {', '.join(KV_ELEMENTS)}")
+        self.config, self.device = config, device
+        self.block_size, self.vocab_size = block_size, config.vocab_size
+        self.element = KV_ELEMENTS[kv_dtype]
+        self._ops = DeviceOps(config, weights, num_positions=max_model_len, device=device)
+        self._host: Tensor | None = None  # slots of the second level
+
+    @classmethod
+    def load(cls, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> DeviceModel:
+        """An engine onto a device. `compute`: the type of activations, by default that of the engine's dtype."""
         manifest = engine.manifest
-        if manifest.kv_dtype not in KV_ELEMENTS:
-            raise ConfigError(f"kv_dtype={manifest.kv_dtype!r}: on a GPU supported are {', '.join(KV_ELEMENTS)}")
-        self.config, self.device, self.manifest = engine.config, device, manifest
-        self.block_size, self.vocab_size = manifest.block_size, engine.config.vocab_size
-        self.element = KV_ELEMENTS[manifest.kv_dtype]
-        self._ops = DeviceOps(
+        return cls(
             engine.config,
-            engine.weights,
-            num_positions=manifest.max_model_len,
-            compute=compute or COMPUTE[manifest.dtype],
+            load_weights(engine.weights, engine.config, compute or COMPUTE[manifest.dtype], device),
+            kv_dtype=manifest.kv_dtype,
+            block_size=manifest.block_size,
+            max_model_len=manifest.max_model_len,
             device=device,
         )
-        self._host: Tensor | None = None  # slots of the second level
 
     @property
     def kv_bytes_per_block(self) -> int:

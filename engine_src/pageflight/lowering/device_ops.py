@@ -9,7 +9,7 @@ until it is normalised, heads until they attend. In Triton's interpreter the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,6 @@ from pageflight.kernels.norm import add_rms_norm, rms_norm
 from pageflight.lowering.device_weight import DeviceWeight
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
-from pageflight.models.weights import HEAD, expected_shapes
-from pageflight.quant.store import WeightStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,24 +79,15 @@ class DeviceOps:
     def __init__(
         self,
         config: DecoderConfig,
-        weights: WeightStore,
+        weights: Mapping[str, DeviceWeight],
         *,
         num_positions: int,
-        compute: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._config, self._compute, self._device = config, compute, device
+        self._config, self._weights = config, weights
         self.cache: Tensor | None = None
-        self._weights: dict[str, DeviceWeight] = {}
-        for name in expected_shapes(config):
-            self._weights[name] = DeviceWeight.of(weights[name], compute, device)
-        stored_head = weights.stored_name(HEAD)
-        self._weights.setdefault(
-            HEAD, self._weights.get(stored_head) or DeviceWeight.of(weights[HEAD], compute, device)
-        )
-        self._cosines, self._sines = (
-            torch.from_numpy(table).to(device) for table in rope_tables(config, num_positions)
-        )
+        tables = rope_tables(config, num_positions)
+        self._cosines, self._sines = (torch.from_numpy(table).to(device) for table in tables)
         self._scale = config.head_dim**-0.5
         self._pass: DeviceInputs | None = None
 

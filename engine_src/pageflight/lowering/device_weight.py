@@ -16,6 +16,9 @@ from torch.nn import functional
 from pageflight.kernels.activation import quantise_fp8, quantise_fp8_per_token
 from pageflight.kernels.gemm_fp8 import scaled_mm
 from pageflight.kernels.gemm_int import RUN, gemm_int4, gemm_int8, pack_int4
+from pageflight.models.config import DecoderConfig
+from pageflight.models.weights import EMBED, HEAD, expected_shapes
+from pageflight.quant.store import WeightStore
 from pageflight.quant.weight import Weight
 
 _SMALLEST_GROUP = {"I8": 16, "I4": RUN}  # of inputs that the kernels take
@@ -63,6 +66,17 @@ class DeviceWeight:
         else:
             codes, scale = quantise_fp8_per_token(x)
         return scaled_mm(codes, self.values, scale, self.scales, bias=bias, out_dtype=x.dtype)
+
+
+def load_weights(
+    weights: WeightStore, config: DecoderConfig, compute: torch.dtype, device: torch.device
+) -> dict[str, DeviceWeight]:
+    """Every weight of the definition; a tied head that is not stored for itself is the embedding."""
+    loaded = {name: DeviceWeight.of(weights[name], compute, device) for name in expected_shapes(config)}
+    if HEAD not in loaded:
+        is_shared = weights.stored_name(HEAD) != HEAD
+        loaded[HEAD] = loaded[EMBED] if is_shared else DeviceWeight.of(weights[HEAD], compute, device)
+    return loaded
 
 
 def _has_kernel(weight: Weight) -> bool:

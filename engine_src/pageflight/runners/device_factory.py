@@ -38,7 +38,7 @@ def load_on_gpu(
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
     engine, verification = TorchLowering().open(engine_dir)
-    model = DeviceModel(engine, device)
+    model = DeviceModel.load(engine, device)
     verification.finish()
     manifest = engine.manifest
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))

@@ -1,0 +1,106 @@
+"""Checks and measures on a GPU, part by part; each ends within minutes.
+
+    python -m perf.gpu_check kernels [--out FOLDER]
+
+A part that finds a wrong result fails. `--device cpu` runs the same code in Triton's interpreter on a tiny model: that
+shows that the checks work, and its times mean nothing. Writes gpu_PART_DATE.json and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if "cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+import torch
+
+from perf.gpu_check import engine_checks
+from perf.gpu_check.card import Card, Record
+from perf.gpu_check.engine_checks import Load
+from perf.gpu_check.kernel_checks import Checks
+from perf.gpu_check.models import SHAPES
+from perf.gpu_check.tensorrt_checks import tensorrt
+
+BATCHES = (1, 8, 32, 128, 256)
+LOADS = (
+    Load(num_prompt=128, num_output=128, num_requests=2048),
+    Load(num_prompt=1000, num_output=1000, num_requests=768),
+    Load(num_prompt=2048, num_output=2048, num_requests=256),
+    Load(num_prompt=5000, num_output=500, num_requests=192),
+)
+TINY_LOADS = (Load(num_prompt=9, num_output=3, num_requests=3),)
+
+
+class Parts:
+    """What can be asked for; every public method is a part."""
+
+    def __init__(self, card: Card, shape: str) -> None:
+        self._card, self._config, self._is_tiny = card, SHAPES[shape], shape == "tiny"
+
+    def kernels(self) -> list[Record]:
+        return Checks(self._card, is_tiny=self._is_tiny).run()
+
+    def graphs(self) -> list[Record]:
+        return engine_checks.graphs(self._card, SHAPES["tiny"])
+
+    def steps_bf16(self) -> list[Record]:
+        return engine_checks.steps(self._card, self._config, "bf16", (1, 2) if self._is_tiny else BATCHES)
+
+    def steps_fp8(self) -> list[Record]:
+        return engine_checks.steps(self._card, self._config, "fp8", (1, 2) if self._is_tiny else BATCHES)
+
+    def throughput_fp8(self) -> list[Record]:
+        return self._throughput("fp8")
+
+    def throughput_bf16(self) -> list[Record]:
+        return self._throughput("bf16")
+
+    def tensorrt(self) -> list[Record]:
+        return tensorrt(self._card)
+
+    def _throughput(self, dtype: str) -> list[Record]:
+        loads, rows, tokens = (TINY_LOADS, 4, 16) if self._is_tiny else (LOADS, 512, 4096)
+        return engine_checks.throughput(
+            self._card, self._config, dtype, loads, max_num_seqs=rows, max_num_tokens=tokens
+        )
+
+
+NAMES = tuple(name for name in vars(Parts) if not name.startswith("_"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=NAMES)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file; on a GPU perf/results, else none")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no GPU here (torch.cuda.is_available() is False); --device cpu tries the checks themselves")
+    card = Card(torch.device(options.device))
+    part: Callable[[], list[Record]] = getattr(Parts(card, "llama-3.1-8b" if card.is_gpu else "tiny"), options.part)
+    begin_s = time.perf_counter()
+    records = part()
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    facts = {"part": options.part, "date": date, **card.facts(), "seconds": round(time.perf_counter() - begin_s, 1)}
+    print(json.dumps(facts, default=str))
+    for record in records:
+        print("  " + "  ".join(f"{name}={value}" for name, value in record.items()))
+    folder = options.out or (Path("perf/results") if card.is_gpu else None)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"gpu_{options.part}_{date}.json"
+        path.write_text(json.dumps({**facts, "records": records}, indent=1, default=str) + "\n", encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

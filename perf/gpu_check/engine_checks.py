@@ -1,0 +1,247 @@
+"""The runner on the card: graphs against eager steps, one step against its floor, and offline throughput."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pageflight.core.config import KVConfig, SchedulerConfig
+from pageflight.core.plan import RowStart, StepPlan
+from pageflight.core.request import Request, SamplingParams
+from pageflight.models.config import DecoderConfig
+from pageflight.runners.device import DeviceRunner
+from pageflight.sched.scheduler import Scheduler
+from perf.gpu_check.card import Card, Record
+from perf.gpu_check.models import BLOCK_SIZE, random_model, weight_bytes
+
+MEMORY_SHARE = 0.85
+CONTEXT = 256  # of the rows whose step is timed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Requests of one length, all there at the beginning."""
+
+    num_prompt: int
+    num_output: int
+    num_requests: int
+
+
+def compute_of(card: Card) -> torch.dtype:
+    return torch.bfloat16 if card.is_gpu else torch.float32
+
+
+def make_runner(
+    card: Card,
+    config: DecoderConfig,
+    dtype: str,
+    *,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    max_model_len: int,
+    uses_graphs: bool = True,
+) -> DeviceRunner:
+    """A runner with blocks for all its rows, as far as the card's memory goes."""
+    model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute_of(card))
+    num_blocks = max_num_seqs * -(-max_model_len // BLOCK_SIZE)
+    if card.is_gpu:
+        torch.cuda.empty_cache()
+        left, total = torch.cuda.mem_get_info(card.device)
+        spare = left - int((1 - MEMORY_SHARE) * total)
+        num_blocks = min(num_blocks, spare // model.kv_bytes_per_block)
+    return DeviceRunner(
+        model,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=max_num_tokens,
+        max_model_len=max_model_len,
+        uses_graphs=uses_graphs,
+    )
+
+
+def graphs(card: Card, config: DecoderConfig) -> list[Record]:
+    """Captured steps give the ids of eager ones, greedy and sampled, with a new number of rows in every turn."""
+    lengths = {"max_num_seqs": 8, "max_num_tokens": 128, "max_model_len": 96}
+    answers = []
+    for uses_graphs in (False, True):
+        runner = make_runner(card, config, "bf16", uses_graphs=uses_graphs, **lengths)
+        scheduler = make_scheduler(runner, max_num_tokens=64)
+        for handle in range(6 if card.is_gpu else 3):
+            growth = 4 if card.is_gpu else 1
+            sampling = SamplingParams(max_tokens=3 + growth * handle, temperature=float(handle % 2), seed=handle)
+            prompt = tuple(range(2 + handle, 20 + 3 * handle))
+            scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+        answers.append(drive(scheduler, runner).ids)
+        runner.close()
+    assert answers[0] == answers[1], "captured steps give other ids than eager ones"
+    return [{"name": "graphs", "sequences": len(answers[0]), "tokens": sum(map(len, answers[0].values()))}]
+
+
+def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...]) -> list[Record]:
+    """Decode steps one after another, two in flight, against the floor: weights and K/V read once."""
+    bandwidth = card.bandwidth()
+    context = CONTEXT if card.is_gpu else 16
+    num_steps = 64 if card.is_gpu else 2
+    longest = context + 4 * num_steps
+    runner = make_runner(
+        card, config, dtype, max_num_seqs=max(batches), max_num_tokens=max(batches), max_model_len=longest
+    )
+    element = compute_of(card).itemsize
+    kv_bytes = 2 * config.num_layers * config.kv_size * element
+    step, records = 0, []
+    for batch in batches:
+        starts, table, columns = [], [], -(-longest // BLOCK_SIZE)
+        for row in range(batch):
+            ids = np.arange(context, dtype=np.int32) % config.vocab_size
+            starts.append(RowStart(row, row, 0, ids, context, SamplingParams(max_tokens=longest)))
+            table += [(row, column, (row * columns + column) % runner.limits.num_blocks) for column in range(columns)]
+        rows, updates = np.arange(batch, dtype=np.int32), np.array(table, np.int32).T
+        in_flight, times, host_s = 0, [], 0.0
+        for number in range(num_steps + 4):
+            begin_s = time.perf_counter()
+            plan = StepPlan(
+                step=step,
+                rows=rows,
+                starts_at=np.full(batch, context - 1 + number, np.int32),
+                lengths=np.ones(batch, np.int32),
+                samples=np.ones(batch, np.bool_),
+                starts=tuple(starts) if number == 0 else (),
+                table_rows=updates[0] if number == 0 else None,
+                table_columns=updates[1] if number == 0 else None,
+                table_blocks=updates[2] if number == 0 else None,
+            )
+            runner.submit(plan)
+            host_s += time.perf_counter() - begin_s if number >= 4 else 0.0
+            step, in_flight = step + 1, in_flight + 1
+            if in_flight == 2:
+                runner.collect()
+                in_flight -= 1
+                times.append(time.perf_counter())
+        runner.collect()
+        runner.submit(_ending(step, rows))
+        runner.collect()
+        step += 1
+        seconds = float(np.median(np.diff(times[4:]))) if len(times) > 5 else times[-1] - times[0]
+        floor_s = (weight_bytes(config, dtype, element) + batch * context * kv_bytes) / bandwidth
+        records.append(
+            {
+                "name": f"step {dtype}",
+                "batch": batch,
+                "context": context,
+                "ms": round(seconds * 1e3, 3),
+                "floor_ms": round(floor_s * 1e3, 3),
+                "of_floor": round(floor_s / seconds, 3),
+                "host_submit_us": round(host_s / num_steps * 1e6, 1),
+            }
+        )
+    runner.close()
+    return records
+
+
+def throughput(
+    card: Card, config: DecoderConfig, dtype: str, loads: tuple[Load, ...], *, max_num_seqs: int, max_num_tokens: int
+) -> list[Record]:
+    """Offline: all requests at once, every answer as long as asked for, which is checked."""
+    records = []
+    for load in loads:
+        runner = make_runner(
+            card,
+            config,
+            dtype,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens + max_num_seqs,
+            max_model_len=load.num_prompt + load.num_output + 1,
+        )
+        chance = np.random.default_rng(5)
+        for share in (8, 1):  # the first run compiles kernels and captures graphs
+            scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
+            count = max(2, load.num_requests // share)
+            for handle in range(count):
+                prompt = tuple(chance.integers(2, config.vocab_size, load.num_prompt).tolist())
+                sampling = SamplingParams(max_tokens=load.num_output)
+                scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+            run = drive(scheduler, runner)
+        lengths = {len(ids) for ids in run.ids.values()}
+        assert lengths == {load.num_output} and len(run.ids) == count, f"answers of {lengths} tokens"
+        records.append(
+            {
+                "name": f"throughput {dtype}",
+                "input": load.num_prompt,
+                "output": load.num_output,
+                "requests": count,
+                "out_tok_s": round(count * load.num_output / run.seconds, 1),
+                "seconds": round(run.seconds, 2),
+                "steps": run.num_steps,
+                "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
+                "waited_share": round(run.waited_s / run.seconds, 3),
+                "kv_blocks": runner.limits.num_blocks,
+            }
+        )
+        runner.close()
+        del runner
+    return records
+
+
+@dataclass(slots=True)
+class Driven:
+    """`waited_s`: the host had nothing to do but wait for the card. When it is near 0, the card waits for the host."""
+
+    ids: dict[int, list[int]]
+    num_steps: int = 0
+    seconds: float = 0.0
+    host_s: float = 0.0
+    waited_s: float = 0.0
+
+
+def make_scheduler(runner: DeviceRunner, *, max_num_tokens: int) -> Scheduler:
+    limits = runner.limits
+    config = SchedulerConfig(
+        max_num_tokens=max_num_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        max_queue_size=1 << 20,
+    )
+    kv = KVConfig(num_blocks=limits.num_blocks, block_size=limits.block_size, prefix_cache=False)
+    return Scheduler(config, kv, vocab_size=limits.vocab_size)
+
+
+def drive(scheduler: Scheduler, runner: DeviceRunner) -> Driven:
+    """Until everything has ended, with a second step in flight whenever there is one to plan."""
+    run = Driven({})
+    in_flight: deque[StepPlan] = deque()
+    begin_s = time.perf_counter()
+    while scheduler.has_work or in_flight:
+        while len(in_flight) < runner.limits.max_in_flight:
+            plan = scheduler.plan(time.perf_counter())
+            if plan is None:
+                break
+            runner.submit(plan)
+            in_flight.append(plan)
+        if not in_flight:
+            break
+        waiting_s = time.perf_counter()
+        result = runner.collect()
+        run.waited_s += time.perf_counter() - waiting_s
+        events = scheduler.settle(in_flight.popleft(), result, time.perf_counter())
+        run.num_steps += 1
+        for handle, token in zip(events.handles.tolist(), events.ids.tolist(), strict=True):
+            run.ids.setdefault(handle, []).append(token)
+    run.seconds = time.perf_counter() - begin_s
+    run.host_s = run.seconds - run.waited_s
+    return run
+
+
+def _ending(step: int, rows: np.ndarray) -> StepPlan:
+    nothing = np.zeros(0, np.int32)
+    return StepPlan(
+        step=step,
+        rows=nothing,
+        starts_at=nothing,
+        lengths=nothing,
+        samples=np.zeros(0, np.bool_),
+        ended_rows=tuple(rows.tolist()),
+    )

@@ -1,0 +1,59 @@
+"""The checks for GPUs, on a tiny model in Triton's interpreter: what they would find there, they find here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from perf.gpu_check import engine_checks, kernel_checks
+from perf.gpu_check.card import Card
+from perf.gpu_check.engine_checks import Load
+from perf.gpu_check.kernel_checks import Checks
+from perf.gpu_check.models import SHAPES
+from perf.gpu_check.tensorrt_checks import tensorrt
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = Card(torch.device("cpu"))
+
+
+def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that compares a result with itself passes on every card."""
+    records = Checks(CARD, is_tiny=True).run()
+    assert len(records) >= 16 and all("error" in record for record in records[2:])
+    right = kernel_checks.silu_mul
+    monkeypatch.setattr(kernel_checks, "silu_mul", lambda x: 1.01 * right(x))
+    with pytest.raises(AssertionError, match="silu_mul: relative error"):
+        Checks(CARD, is_tiny=True).run()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_steps_and_throughput_are_measured(dtype: str) -> None:
+    steps = engine_checks.steps(CARD, SHAPES["tiny"], dtype, (1, 2))
+    assert [record["batch"] for record in steps] == [1, 2] and all(record["ms"] > 0 for record in steps)
+    load = Load(num_prompt=9, num_output=3, num_requests=3)
+    (record,) = engine_checks.throughput(CARD, SHAPES["tiny"], dtype, (load,), max_num_seqs=4, max_num_tokens=16)
+    assert record["requests"] == 3 and record["out_tok_s"] > 0
+
+
+def test_every_tensorrt_package_gets_an_answer() -> None:
+    """One that is not installed is no failure, and no GPU no excuse for silence."""
+    records = tensorrt(CARD)
+    assert [record["name"] for record in records] == ["tensorrt rtx", "tensorrt full"]
+    assert all("reason" in record for record in records)
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "perf.gpu_check", "graphs"]
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert refused.returncode != 0 and "no GPU here" in refused.stderr
+    found = subprocess.run(
+        [*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    (path,) = tmp_path.glob("gpu_graphs_*.json")
+    assert json.loads(path.read_text())["records"][0]["name"] == "graphs"
