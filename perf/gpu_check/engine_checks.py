@@ -52,7 +52,7 @@ def make_runner(
         torch.cuda.empty_cache()
         left, total = torch.cuda.mem_get_info(card.device)
         spare = left - int((1 - MEMORY_SHARE) * total)
-        num_blocks = min(num_blocks, spare // model.kv_bytes_per_block)
+        num_blocks = min(num_blocks, spare // model.blocks.bytes_per_block)
     return DeviceRunner(
         model,
         num_blocks=num_blocks,

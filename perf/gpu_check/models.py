@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.device_blocks import DeviceBlocks
+from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.device_weight import DeviceWeight
 from pageflight.models.config import DecoderConfig, RopeConfig
 from pageflight.models.weights import EMBED, HEAD, expected_shapes
@@ -41,7 +42,7 @@ BLOCK_SIZE = 32
 
 def random_model(
     config: DecoderConfig, dtype: str, device: torch.device, *, max_model_len: int, compute: torch.dtype
-) -> DeviceModel:
+) -> KernelModel:
     """`dtype` bf16, fp16 or fp32 weights, or fp8 with a scale per output; activations and K/V in `compute`."""
     weights = {}
     generator = torch.Generator(device).manual_seed(7)
@@ -57,9 +58,8 @@ def random_model(
         else:
             weights[name] = DeviceWeight("wide", values.to(compute))
     kv_dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute]
-    return DeviceModel(
-        config, weights, kv_dtype=kv_dtype, block_size=BLOCK_SIZE, max_model_len=max_model_len, device=device
-    )
+    blocks = DeviceBlocks(config, kv_dtype, BLOCK_SIZE, device)
+    return KernelModel(config, weights, blocks, max_model_len=max_model_len)
 
 
 def weight_bytes(config: DecoderConfig, dtype: str, element_bytes: int) -> int:

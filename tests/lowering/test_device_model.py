@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pageflight.lowering.base import StepInputs
-from pageflight.lowering.device_model import DeviceModel
-from pageflight.lowering.device_ops import DeviceInputs
+from pageflight.lowering.device_blocks import DeviceInputs
+from pageflight.lowering.device_model import DeviceModel, KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
 
@@ -17,7 +17,7 @@ class HostDriven:
     """A DeviceModel that takes a step's arrays as other compiled models do."""
 
     def __init__(self, model: DeviceModel) -> None:
-        self.model, self.block_size, self.vocab_size = model, model.block_size, model.vocab_size
+        self.model, self.block_size, self.vocab_size = model, model.blocks.block_size, model.config.vocab_size
 
     def start(self, inputs: StepInputs) -> None:
         self.inputs = inputs
@@ -52,7 +52,7 @@ class HostDriven:
         return logits.float().numpy()
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        self.model.copy_blocks(torch.from_numpy(sources), torch.from_numpy(targets))
+        self.model.blocks.copy(torch.from_numpy(sources), torch.from_numpy(targets))
 
 
 def pair(workshop, shape, **precision):
@@ -60,8 +60,8 @@ def pair(workshop, shape, **precision):
     reference = workshop.driver(shape, "torch", **precision)
     dtype, group_size = precision.get("dtype", "fp32"), precision.get("group_size", 0)
     folder = workshop.engine(shape, TorchLowering(), dtype, "fp32", group_size, precision.get("input_scale"))
-    model = DeviceModel.load(open_engine(folder, "torch"), torch.device("cpu"), torch.float32)
-    model.allocate(reference.num_blocks)
+    model = KernelModel.load(open_engine(folder, "torch"), torch.device("cpu"), torch.float32)
+    model.blocks.allocate(reference.num_blocks)
     return reference, type(reference)(HostDriven(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ from engines import make_checkpoint, make_engine, serve
 
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError
+from pageflight.core.manifest import EngineManifest
 from pageflight.core.plan import RowStart, StepPlan
 from pageflight.core.request import Request, SamplingParams
 from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
-from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.runners import device_factory
 from pageflight.runners.device import DeviceRunner
-from pageflight.runners.device_factory import load_on_gpu
 from pageflight.runners.local import LocalRunner
 from pageflight.sched.scheduler import Scheduler
 
@@ -36,7 +38,7 @@ def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runner_of(engine_dir: Path, *, num_blocks: int, num_host_blocks: int = 0, max_num_tokens: int = 40) -> DeviceRunner:
-    model = DeviceModel.load(open_engine(engine_dir, "torch"), torch.device("cpu"))
+    model = KernelModel.load(open_engine(engine_dir, "torch"), torch.device("cpu"))
     return DeviceRunner(
         model,
         num_blocks=num_blocks,
@@ -119,13 +121,31 @@ def test_an_engine_is_loaded_onto_a_device_with_its_blocks(engine_dir: Path) -> 
         kv=KVConfig(memory_bytes=1 << 20, host_memory_bytes=1 << 18),
         scheduler=SchedulerConfig(max_num_tokens=40, max_num_seqs=4, max_model_len=4096),
     )
-    runner, capacity = load_on_gpu(engine_dir, config, torch.device("cpu"))
+    runner, capacity = device_factory.load_on_gpu(engine_dir, config, torch.device("cpu"))
     assert capacity.num_bytes <= 1 << 20 and capacity.kv.num_host_blocks == runner.limits.num_host_blocks > 0
     assert runner.limits.max_model_len == MAX_LEN and runner.limits.max_in_flight == 2
     runner.close()
     refused = replace(config, scheduler=replace(config.scheduler, deterministic=True))
     with pytest.raises(ConfigError, match="deterministic"):
-        load_on_gpu(engine_dir, refused, torch.device("cpu"))
+        device_factory.load_on_gpu(engine_dir, refused, torch.device("cpu"))
+
+
+def test_tensorrt_engines_that_the_card_does_not_take_run_on_our_kernels(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are the same; that the speed is another has to be told."""
+    folder = shutil.copytree(engine_dir, tmp_path / "engine")
+    replace(EngineManifest.read(folder), lowering="tensorrt").write(folder)
+
+    def refuse(*arguments: object) -> None:
+        raise ConfigError("first.engine: rtx TensorRT does not take it on Some GPU")
+
+    monkeypatch.setattr(device_factory, "load_segments", refuse)
+    config = EngineConfig(kv=KVConfig(num_blocks=12), scheduler=SchedulerConfig(max_num_tokens=40, max_num_seqs=8))
+    runner, _ = device_factory.load_on_gpu(folder, config, torch.device("cpu"))
+    requests = [request(0, 9, max_tokens=3)]
+    assert served_on_device(runner, requests, ahead=False)[0] == serve(engine_dir, requests, max_num_tokens=40).ids
+    assert "does not take it on Some GPU; it runs on kernels of our own instead" in caplog.text
 
 
 def plan_of(

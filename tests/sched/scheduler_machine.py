@@ -51,7 +51,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "host_copy_s": st.sampled_from([0.0, 1e-5, 1e-3]),
 }
 """Every setting of a scheduler and its cache, small enough that all of them matter."""
-RESOLVED = {"memory_bytes", "host_memory_bytes"}
+RESOLVED = {"memory_bytes", "host_memory_bytes", "gpu_memory_utilization"}
 """Settings that are turned into others before a scheduler sees them."""
 
 

@@ -180,14 +180,14 @@ _NUMBERS = dict.fromkeys(("num_tokens", "stride_tokens", "tables_at", "stride_ta
 
 BUILDS = (
     KernelBuild(
-        name="scatter words",
+        name="scatter_words",
         kernel=scatter_kernel,
         signature={"state": "*i32", "words": "*i32", "values": "*i32", "num_words": "i32"},
         constants={"TILE": TILE},
     ),
     *(
         KernelBuild(
-            name=f"prepare {'decode' if decode else 'mixed'} step",
+            name=f"prepare_{'decode' if decode else 'mixed'}_step",
             kernel=prepare_kernel,
             signature={**_WORDS, **_PREPARED, **_NUMBERS},
             constants={"DECODE": decode, "BLOCK_SIZE": 32, "TILE": TILE},
@@ -195,7 +195,7 @@ BUILDS = (
         for decode in (True, False)
     ),
     KernelBuild(
-        name="append sampled ids",
+        name="append_sampled_ids",
         kernel=append_kernel,
         signature={
             **_WORDS,

@@ -1,7 +1,6 @@
 """The decoder's operations on an NVIDIA GPU: our kernels around torch's matrix products.
 
-Shapes: T packed tokens, S sequences, L rows of logits, M columns of the block table, D head_dim; the cache is
-[layers, 2, num_blocks, kv heads, block size, D].
+Shapes: T packed tokens, L rows of logits.
 
 The definition names one operation at a time; what a kernel does together is held back until it is asked for: a sum
 until it is normalised, heads until they attend. In Triton's interpreter the same code runs on tensors of the CPU.
@@ -17,34 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pageflight.kernels.activation import silu_mul
-from pageflight.kernels.attention_decode import SplitWorkspace, decode_attention
-from pageflight.kernels.attention_mixed import mixed_attention
-from pageflight.kernels.kv_write import rope_and_write
 from pageflight.kernels.norm import add_rms_norm, rms_norm
+from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
 from pageflight.lowering.device_weight import DeviceWeight
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DeviceInputs:
-    """One forward pass, all tensors int32 on the device.
-
-    A pass with `lens_S` decodes: one token a row, `lens_S` keys that it sees, its own included (0: padding). A pass
-    with `token_begins` [S + 1] and `past_lens_S` may have chunks of at most `max_query_len` tokens. `take_L` picks the
-    tokens whose logits are wanted; None takes all.
-    """
-
-    ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor  # -1: padding
-    tables_SM: Tensor
-    lens_S: Tensor | None = None
-    token_begins: Tensor | None = None
-    past_lens_S: Tensor | None = None
-    max_query_len: int = 1
-    take_L: Tensor | None = None
-    workspace: SplitWorkspace | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,18 +53,11 @@ class DeviceOps:
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        weights: Mapping[str, DeviceWeight],
-        *,
-        num_positions: int,
-        device: torch.device,
+        self, config: DecoderConfig, weights: Mapping[str, DeviceWeight], blocks: DeviceBlocks, *, num_positions: int
     ) -> None:
-        self._config, self._weights = config, weights
-        self.cache: Tensor | None = None
+        self._weights, self._blocks = weights, blocks
         tables = rope_tables(config, num_positions)
-        self._cosines, self._sines = (torch.from_numpy(table).to(device) for table in tables)
-        self._scale = config.head_dim**-0.5
+        self._cosines, self._sines = (torch.from_numpy(table).to(blocks.device) for table in tables)
         self._pass: DeviceInputs | None = None
 
     def prepare(self, inputs: DeviceInputs) -> None:
@@ -126,39 +95,8 @@ class DeviceOps:
         return x
 
     def paged_attention(self, layer: int, q: _Heads, k: _Heads, v: _Heads) -> Tensor:
-        c, inputs = self._config, self._pass
-        assert self.cache is not None and inputs is not None, "allocate and prepare come first"
-        assert q.qkv is k.qkv is v.qkv, "q, k and v of one product"
-        qkv, (keys, values) = q.qkv, self.cache[layer]
-        heads = (len(qkv), c.num_heads, c.head_dim)
-        queries = qkv[:, : c.q_size].view(heads)
-        rope_and_write(queries, keys, values, qkv, self._cosines, self._sines, inputs.positions_T, inputs.slots_T)
-        attended = qkv.new_empty(heads)
-        if inputs.lens_S is not None:
-            decode_attention(
-                attended,
-                queries,
-                keys,
-                values,
-                inputs.tables_SM,
-                inputs.lens_S,
-                scale=self._scale,
-                workspace=inputs.workspace,
-            )
-        else:
-            assert inputs.token_begins is not None and inputs.past_lens_S is not None
-            mixed_attention(
-                attended,
-                queries,
-                keys,
-                values,
-                inputs.tables_SM,
-                inputs.token_begins,
-                inputs.past_lens_S,
-                max_query_len=inputs.max_query_len,
-                scale=self._scale,
-            )
-        return attended.flatten(1)
+        assert self._pass is not None and q.qkv is k.qkv is v.qkv, "q, k and v of one product"
+        return self._blocks.attend(layer, q.qkv, self._cosines, self._sines, self._pass)
 
     def gated_linear(self, x: Value, weight: str, bias: str | None = None) -> Tensor:
         return silu_mul(self.linear(x, weight, bias))

@@ -99,7 +99,7 @@ class TensorRtLowering:
             found = False
         if not found:
             return "engine tensorrt needs an NVIDIA GPU and its driver, and there is none here"
-        return "engine tensorrt: this version builds engines, it does not run them yet"
+        return "engine tensorrt runs beside torch and triton, and here is no torch with CUDA; install pageflight[gpu]"
 
     def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
         """Raises ManifestMismatch for a directory that does not fit, ConfigError where its engines cannot run."""

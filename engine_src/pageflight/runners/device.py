@@ -17,8 +17,8 @@ from pageflight.core.plan import RowStart, StepPlan, StepResult
 from pageflight.kernels.attention_decode import SplitWorkspace, choose_num_splits
 from pageflight.kernels.sampling import Workspace, sample
 from pageflight.kernels.step_inputs import append, prepare
+from pageflight.lowering.device_blocks import DeviceInputs
 from pageflight.lowering.device_model import DeviceModel
-from pageflight.lowering.device_ops import DeviceInputs
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device_graphs import Graphs
 from pageflight.runners.device_rows import DeviceRows, StagedStep
@@ -60,15 +60,15 @@ class DeviceRunner:
         num_host_blocks: int = 0,
         uses_graphs: bool = True,
     ) -> None:
-        model.allocate(num_blocks, num_host_blocks)
+        model.blocks.allocate(num_blocks, num_host_blocks)
         device = model.device
         self.limits = RunnerLimits(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
-            block_size=model.block_size,
+            block_size=model.blocks.block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            vocab_size=model.vocab_size,
+            vocab_size=model.config.vocab_size,
             max_in_flight=MAX_IN_FLIGHT,
         )
         self._model, self._device = model, device
@@ -76,13 +76,13 @@ class DeviceRunner:
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
             max_model_len=max_model_len,
-            block_size=model.block_size,
+            block_size=model.blocks.block_size,
             device=device,
         )
-        self._sampler = _HostSampler(max_num_seqs, max_model_len, model.vocab_size)
+        self._sampler = _HostSampler(max_num_seqs, max_model_len, model.config.vocab_size)
         self._filters_R = np.zeros(max_num_seqs, np.bool_)
         self._in_flight: deque[_Flight] = deque()
-        self._workspace = Workspace(max_num_seqs, model.vocab_size, device, adjusts=False)
+        self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device, adjusts=False)
         self._splits: dict[int, SplitWorkspace | None] = {}
         self._num_sms = 0
         if device.type == "cuda":
@@ -247,11 +247,11 @@ class DeviceRunner:
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.copy_out_blocks is not None and plan.copy_out_slots is not None:
-            self._model.copy_out(self._on_device(plan.copy_out_blocks), _index(plan.copy_out_slots))
+            self._model.blocks.copy_out(self._on_device(plan.copy_out_blocks), _index(plan.copy_out_slots))
         if plan.copy_in_slots is not None and plan.copy_in_blocks is not None:
-            self._model.copy_in(_index(plan.copy_in_slots), self._on_device(plan.copy_in_blocks))
+            self._model.blocks.copy_in(_index(plan.copy_in_slots), self._on_device(plan.copy_in_blocks))
         if plan.copy_sources is not None and plan.copy_targets is not None and plan.copy_sources.size:
-            self._model.copy_blocks(self._on_device(plan.copy_sources), self._on_device(plan.copy_targets))
+            self._model.blocks.copy(self._on_device(plan.copy_sources), self._on_device(plan.copy_targets))
 
     def _on_device(self, ids: Int32Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int32)).to(self._device)

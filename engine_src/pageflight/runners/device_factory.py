@@ -10,8 +10,11 @@ import torch
 
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
+from pageflight.core.manifest import EngineManifest
 from pageflight.kv.capacity import Capacity, FreeMemory, free_memory, resolve_capacity
-from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.device_model import DeviceModel, KernelModel
+from pageflight.lowering.engine_dir import Verification, open_engine
+from pageflight.lowering.tensorrt_model import load_segments
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.runners.device import DeviceRunner
 
@@ -29,7 +32,10 @@ def find_gpu() -> torch.device | None:
 def load_on_gpu(
     engine_dir: Path, config: EngineConfig, device: torch.device, *, num_instances: int = 1
 ) -> tuple[DeviceRunner, Capacity]:
-    """Load an engine of the torch lowering onto `device`.
+    """Load an engine of the torch or the TensorRT lowering onto `device`.
+
+    TensorRT engines that the card does not take, or whose package is not here, run on our kernels: the reason is
+    logged, and the weights are the same.
 
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
     which is measured. Raises ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot
@@ -37,17 +43,14 @@ def load_on_gpu(
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
-    engine, verification = TorchLowering().open(engine_dir)
-    model = DeviceModel.load(engine, device)
-    verification.finish()
-    manifest = engine.manifest
-    scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
-    most_tokens = scheduler.max_num_tokens + scheduler.max_num_seqs
+    model, longest = _model(engine_dir, device)
+    scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
+    most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
     capacity = resolve_capacity(
-        replace(config.kv, block_size=model.block_size),
+        replace(config.kv, block_size=model.blocks.block_size),
         scheduler,
-        bytes_per_block=model.kv_bytes_per_block,
+        bytes_per_block=model.blocks.bytes_per_block,
         free=_free(device, config.kv.gpu_memory_utilization, pass_bytes),
         host_free=free_memory() if device.type == "cuda" else None,
         num_instances=num_instances,
@@ -63,6 +66,23 @@ def load_on_gpu(
         max_model_len=capacity.max_sequence_len,
     )
     return runner, capacity
+
+
+def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:
+    """An engine's model and the longest sequence it is for."""
+    if EngineManifest.read(engine_dir).lowering == "torch":
+        engine, verification = TorchLowering().open(engine_dir)
+        model: DeviceModel = KernelModel.load(engine, device)
+    else:
+        engine = open_engine(engine_dir, "tensorrt")
+        verification = Verification(engine)
+        try:
+            model = load_segments(engine, engine_dir, device)
+        except ConfigError as error:
+            log.warning("%s; it runs on kernels of our own instead", error)
+            model = KernelModel.load(engine, device)
+    verification.finish()
+    return model, engine.manifest.max_model_len
 
 
 def _free(device: torch.device, utilization: float, pass_bytes: int) -> FreeMemory | None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_ON_GPU = ("torch", "tensorrt")
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LoadedEngine:
     """A runner, what it runs, how much cache it got and why."""
@@ -35,14 +38,15 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
     The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
     where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
-    something else, ConfigError for settings that cannot work. The torch lowering runs on a GPU where there is one.
+    something else, ConfigError for settings that cannot work. Engines of torch and TensorRT run on a GPU where
+    there is one.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
     if num_instances < 1:
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
-    if manifest.lowering == "torch" and (device := _gpu()) is not None:
+    if manifest.lowering in _ON_GPU and (device := _gpu()) is not None:
         from pageflight.runners.device_factory import load_on_gpu  # imports torch and triton
 
         on_gpu, capacity = load_on_gpu(engine_dir, config, device, num_instances=num_instances)

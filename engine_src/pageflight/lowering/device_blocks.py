@@ -1,0 +1,139 @@
+"""K/V blocks on the device and their second level on the host, and attention over them.
+
+Shapes: T packed tokens, S sequences, M columns of the block table, D head_dim, F features of a fused q, k and v; the
+cache is [layers, 2, num_blocks, kv heads, block size, D].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pageflight.core.errors import ConfigError
+from pageflight.kernels.attention_decode import SplitWorkspace, decode_attention
+from pageflight.kernels.attention_mixed import mixed_attention
+from pageflight.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks, staging_shape
+from pageflight.kernels.kv_write import rope_and_write
+from pageflight.models.config import DecoderConfig
+
+KV_ELEMENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceInputs:
+    """One forward pass, all tensors int32 on the device.
+
+    A pass with `lens_S` decodes: one token a row, `lens_S` keys that it sees, its own included (0: padding). A pass
+    with `token_begins` [S + 1] and `past_lens_S` may have chunks of at most `max_query_len` tokens. `take_L` picks the
+    tokens whose logits are wanted; None takes all.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor  # -1: padding
+    tables_SM: Tensor
+    lens_S: Tensor | None = None
+    token_begins: Tensor | None = None
+    past_lens_S: Tensor | None = None
+    max_query_len: int = 1
+    take_L: Tensor | None = None
+    workspace: SplitWorkspace | None = None
+
+
+class DeviceBlocks:
+    """The blocks of all layers."""
+
+    def __init__(self, config: DecoderConfig, kv_dtype: str, block_size: int, device: torch.device) -> None:
+        """Raises ConfigError for a kv dtype that no kernel has."""
+        if kv_dtype not in KV_ELEMENTS:
+            raise ConfigError(f"kv_dtype={kv_dtype!r}: on a GPU supported are {', '.join(KV_ELEMENTS)}")
+        self.config, self.element, self.block_size, self.device = config, KV_ELEMENTS[kv_dtype], block_size, device
+        self.cache: Tensor | None = None
+        self._host: Tensor | None = None
+        self._scale = config.head_dim**-0.5
+
+    @property
+    def bytes_per_block(self) -> int:
+        """K and V of all layers."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * self.block_size * c.head_dim * self.element.itemsize
+
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
+        """Create the blocks and the host's slots (once). Raises ConfigError when memory does not suffice."""
+        assert self.cache is None, "blocks are allocated once"
+        c = self.config
+        shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, self.block_size, c.head_dim)
+        try:
+            self.cache = torch.zeros(shape, dtype=self.element, device=self.device)
+            pinned = self.device.type == "cuda" and num_host_blocks > 0
+            self._host = torch.zeros(staging_shape(self.cache, num_host_blocks), dtype=self.element, pin_memory=pinned)
+        except RuntimeError as error:  # torch.OutOfMemoryError among them
+            count = f"{num_blocks} blocks and {num_host_blocks} of the host"
+            raise ConfigError(f"{count} of {self.bytes_per_block} bytes: {error}") from None
+
+    def free(self) -> None:
+        self.cache = self._host = None
+
+    def attend(self, layer: int, qkv_TF: Tensor, cosines_PD: Tensor, sines_PD: Tensor, inputs: DeviceInputs) -> Tensor:
+        """Turn q and k by their positions, write k and v into the blocks, and attend: [T, query features].
+
+        q is turned in place.
+        """
+        c = self.config
+        assert self.cache is not None, "allocate comes first"
+        keys, values = self.cache[layer]
+        heads = (len(qkv_TF), c.num_heads, c.head_dim)
+        queries = qkv_TF[:, : c.q_size].view(heads)
+        rope_and_write(queries, keys, values, qkv_TF, cosines_PD, sines_PD, inputs.positions_T, inputs.slots_T)
+        attended = qkv_TF.new_empty(heads)
+        if inputs.lens_S is not None:
+            decode_attention(
+                attended,
+                queries,
+                keys,
+                values,
+                inputs.tables_SM,
+                inputs.lens_S,
+                scale=self._scale,
+                workspace=inputs.workspace,
+            )
+        else:
+            assert inputs.token_begins is not None and inputs.past_lens_S is not None
+            mixed_attention(
+                attended,
+                queries,
+                keys,
+                values,
+                inputs.tables_SM,
+                inputs.token_begins,
+                inputs.past_lens_S,
+                max_query_len=inputs.max_query_len,
+                scale=self._scale,
+            )
+        return attended.flatten(1)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole blocks in every layer, K and V; int32 on the device. No block is both source and target."""
+        copy_blocks(self._cache, sources, targets)
+
+    def copy_out(self, blocks: Tensor, slots: Tensor) -> None:
+        """Copy whole blocks (int32 on the device) to slots of the host (int64 on the host)."""
+        staging = torch.empty(staging_shape(self._cache, len(blocks)), dtype=self.element, device=self.device)
+        gather_blocks(staging, self._cache, blocks)
+        self._slots[slots] = staging.cpu()
+
+    def copy_in(self, slots: Tensor, blocks: Tensor) -> None:
+        """Copy whole slots of the host (int64 on the host) to blocks (int32 on the device)."""
+        scatter_blocks(self._cache, self._slots[slots].to(self.device), blocks)
+
+    @property
+    def _cache(self) -> Tensor:
+        assert self.cache is not None, "allocate comes first"
+        return self.cache
+
+    @property
+    def _slots(self) -> Tensor:
+        assert self._host is not None, "allocate comes first"
+        return self._host

@@ -1,0 +1,171 @@
+"""TensorRT segments run on a GPU, with attention over our blocks between them.
+
+Shapes: T packed tokens, L rows of logits, D head_dim.
+
+What carries out a segment is a seam: `TensorRtSegments` on a GPU; in tests, whatever computes what the networks say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pageflight.core.errors import ConfigError
+from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
+from pageflight.lowering.device_model import DeviceModel
+from pageflight.lowering.engine_dir import EngineDir
+from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Segment, TensorSpec
+from pageflight.lowering.tensorrt_target import import_flavor
+from pageflight.models.rope import rope_tables
+from pageflight.quant.store import WeightStore
+
+TYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "int4": torch.uint8,  # two in a byte
+    "int32": torch.int32,
+}
+
+
+class Segments(Protocol):
+    """Carries out segments by name."""
+
+    def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Compute `outputs` from `inputs`, on the stream that is current; `profile` counts from 0."""
+
+
+class SegmentModel(DeviceModel):
+    """The plan of an engine directory, step by step."""
+
+    def __init__(self, engine: EngineDir, plan: EnginePlan, segments: Segments, device: torch.device) -> None:
+        manifest = engine.manifest
+        super().__init__(engine.config, DeviceBlocks(engine.config, manifest.kv_dtype, manifest.block_size, device))
+        self._plan, self._engines = plan, segments
+        self._segments = {segment.name: segment for segment in plan.segments}
+        half = engine.config.head_dim // 2
+        cosines, sines = (
+            torch.from_numpy(table[:, :half].copy()).to(device)
+            for table in rope_tables(engine.config, manifest.max_model_len)
+        )
+        self._tables = {"rope.cosines": cosines, "rope.sines": sines}
+        # q and k come turned already: these leave them as they are, whatever the position.
+        self._ones = torch.ones(1, half, device=device).expand(manifest.max_model_len, half)
+        self._zeros = torch.zeros(1, half, device=device).expand(manifest.max_model_len, half)
+        self._weights = [
+            {
+                spec.name: _weight(engine.weights, run.weights[spec.name], spec, device)
+                for spec in self._segments[run.segment].inputs
+                if spec.kind == "weight"
+            }
+            for run in plan.runs
+        ]
+
+    @torch.inference_mode()
+    def forward(self, inputs: DeviceInputs) -> Tensor:
+        num_tokens = len(inputs.ids_T)
+        take = inputs.take_L
+        if take is None:
+            take = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
+        buffers = {"ids": inputs.ids_T, "positions": inputs.positions_T, "take": take}
+        profile = self._profile(num_tokens, len(take))
+        for run, weights in zip(self._plan.runs, self._weights, strict=True):
+            if run.attention < 0 and not len(take):
+                return self._empty_logits(self._segments[run.segment])
+            segment = self._segments[run.segment]
+            given = {spec.name: self._given(spec, run.buffers, weights, buffers) for spec in segment.inputs}
+            made = {spec.name: self._made(spec, num_tokens, len(take)) for spec in segment.outputs}
+            self._engines.run(run.segment, profile, given, made)
+            buffers.update((run.buffers[name], tensor) for name, tensor in made.items())
+            if run.attention >= 0:
+                qkv = torch.cat([buffers.pop(name) for name in ("q", "k", "v")], 1)
+                buffers["attended"] = self.blocks.attend(run.attention, qkv, self._ones, self._zeros, inputs)
+        return buffers["logits"]
+
+    def _given(
+        self, spec: TensorSpec, names: Mapping[str, str], weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Tensor:
+        if spec.kind == "weight":
+            return weights[spec.name]
+        if spec.kind == "table":
+            return self._tables[spec.name]
+        return buffers[names[spec.name]]
+
+    def _made(self, spec: TensorSpec, num_tokens: int, num_rows: int) -> Tensor:
+        sizes = {TOKENS: num_tokens, ROWS: num_rows}
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        return torch.empty(shape, dtype=TYPES[spec.dtype], device=self.device)
+
+    def _empty_logits(self, segment: Segment) -> Tensor:
+        return self._made(segment.outputs[0], 0, 0)
+
+    def _profile(self, num_tokens: int, num_rows: int) -> int:
+        for index, profile in enumerate(self._plan.profiles):
+            if _takes(profile, num_tokens, num_rows):
+                return index
+        most = self._plan.profiles[-1]
+        raise ConfigError(
+            f"a step of {num_tokens} tokens and {num_rows} rows: these engines take {most.max_tokens} and"
+            f" {most.max_rows}; build them with larger max_num_tokens and max_num_seqs"
+        )
+
+
+class TensorRtSegments:
+    """Deserialised engines, an execution context for each with each profile, made when first wanted."""
+
+    def __init__(self, trt: Any, folder: Path, plan: EnginePlan) -> None:
+        """Raises ConfigError naming the engine that this GPU does not take."""
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engines = {}
+        for segment in plan.segments:
+            engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
+            if engine is None:
+                gpu = torch.cuda.get_device_name()
+                raise ConfigError(f"{folder / segment.file}: {plan.flavor} TensorRT does not take it on {gpu}")
+            self._engines[segment.name] = engine
+        self._contexts: dict[tuple[str, int], Any] = {}
+        self._sized = {  # inputs whose shape a step decides
+            segment.name: {spec.name for spec in segment.inputs if any(isinstance(size, str) for size in spec.shape)}
+            for segment in plan.segments
+        }
+
+    def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        context = self._contexts.get((segment, profile))
+        if context is None:
+            context = self._engines[segment].create_execution_context()
+            context.set_optimization_profile_async(profile, stream)
+            self._contexts[segment, profile] = context
+        for name, tensor in inputs.items():
+            if name in self._sized[segment]:
+                context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        for name, tensor in outputs.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(stream):
+            raise RuntimeError(f"TensorRT could not run segment {segment}")
+
+
+def load_segments(engine: EngineDir, folder: Path, device: torch.device) -> SegmentModel:
+    """An engine directory onto a GPU. Raises ConfigError where its TensorRT is not here or does not take the card."""
+    plan = EnginePlan.read(folder)
+    segments = TensorRtSegments(import_flavor(plan.flavor), folder, plan)
+    return SegmentModel(engine, plan, segments, device)
+
+
+def _takes(profile: Profile, num_tokens: int, num_rows: int) -> bool:
+    return profile.min_tokens <= num_tokens <= profile.max_tokens and num_rows <= profile.max_rows
+
+
+def _weight(store: WeightStore, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
+    """As the file has it, in the shape that the engine wants: int4 stays two in a byte."""
+    tensor = torch.from_numpy(store.tensor(name).copy())
+    if tensor.dtype != TYPES[spec.dtype] and tensor.dtype.itemsize == TYPES[spec.dtype].itemsize:
+        tensor = tensor.view(TYPES[spec.dtype])
+    return tensor.to(device)

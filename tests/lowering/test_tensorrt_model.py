@@ -1,0 +1,107 @@
+"""Segments with our attention between them, as on a GPU: TensorRT's part walked in torch, ours interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorrt_rtx as trt
+import torch
+
+from pageflight.core.errors import ConfigError
+from pageflight.lowering.engine_dir import open_engine
+from pageflight.lowering.tensorrt_model import SegmentModel, TensorRtSegments
+from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
+from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.quant.int4 import unpack_int4
+
+from .conftest import Driver
+from .test_device_model import HostDriven
+from .walked_model import WalkedModel
+
+
+class WalkedSegments:
+    """Computes what the networks say, from the tensors that engines would be given."""
+
+    def __init__(self, walked: WalkedModel) -> None:
+        self._walked = walked
+        self.profiles: list[int] = []
+
+    def run(self, segment: str, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping) -> None:
+        self.profiles.append(profile)
+        given = {}
+        for spec in self._walked.segments[segment].inputs:
+            tensor = inputs[spec.name]
+            if spec.dtype == "int4":
+                tensor = torch.from_numpy(unpack_int4(tensor.numpy()))
+            given[spec.name] = tensor if any(isinstance(size, str) for size in spec.shape) else tensor.view(spec.shape)
+        made = self._walked._walks[segment](given)
+        assert made.keys() == outputs.keys()
+        for name, tensor in made.items():
+            outputs[name].copy_(tensor)
+
+
+def segment_driver(workshop, shape, dtype="fp32", group_size=0):
+    folder = workshop.engine(shape, TorchLowering(), dtype, "fp32", group_size)
+    engine = open_engine(folder, "torch")
+    walked = WalkedModel(trt, engine, activations="fp32")
+    plan = EnginePlan(
+        flavor="rtx",
+        compute_capabilities=(),
+        activations="fp32",
+        weights="input",
+        profiles=profiles(4, 128),
+        segments=tuple(walked.segments.values()),
+        runs=walked.runs,
+    )
+    segments = WalkedSegments(walked)
+    model = SegmentModel(engine, plan, segments, torch.device("cpu"))
+    driver = Driver(HostDriven(model))
+    model.blocks.allocate(driver.num_blocks)
+    return driver, segments
+
+
+@pytest.mark.parametrize(("shape", "dtype", "group_size"), [("gqa", "fp32", 0), ("quantisable", "int4", 64)])
+def test_segments_and_attention_give_the_references_logits(workshop, random_ids, shape, dtype, group_size):
+    """The residual in the wrong buffer, another layer's weights, keys turned twice: each gives plausible numbers."""
+    driver, segments = segment_driver(workshop, shape, dtype, group_size)
+    reference = workshop.driver(shape, "torch", dtype=dtype, group_size=group_size)
+    for new in (
+        {"a": random_ids(37, 1), "b": random_ids(3, 2)},
+        {"a": [7], "b": random_ids(30, 3)},
+        {"a": [8], "b": [9]},
+    ):
+        expected, found = reference.step(new), driver.step(new)
+        assert max(np.abs(expected[name] - found[name]).max() for name in expected) < 1e-4
+    assert set(segments.profiles) == {1, 2}, "decode steps of two rows and steps with chunks"
+    assert driver.step({"a": [1], "b": [2]}, samples=set()) == {}
+
+
+def test_a_step_beyond_the_profiles_is_named(workshop, random_ids):
+    driver, _ = segment_driver(workshop, "gqa")
+    with pytest.raises(ConfigError, match="a step of 129 tokens and 1 rows: these engines take 128 and 4"):
+        driver.step({"a": random_ids(129, 1)})
+
+
+def test_an_engine_that_the_card_does_not_take_is_named(tmp_path, monkeypatch):
+    """RTX engines for other compute capabilities: no traceback, but what is wrong and where."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    (tmp_path / "first.engine").write_bytes(b"x")
+    fake = SimpleNamespace(
+        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None}),
+        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda data: None),
+    )
+    plan = SimpleNamespace(flavor="rtx", segments=[SimpleNamespace(name="first", file="first.engine", inputs=())])
+    with pytest.raises(ConfigError, match=r"first\.engine: rtx TensorRT does not take it on Some GPU"):
+        TensorRtSegments(fake, tmp_path, plan)  # type: ignore[arg-type]
+
+
+def test_the_calls_that_run_a_segment_are_tensorrts() -> None:
+    """A name that the package does not have would show on a GPU only."""
+    for name in ("create_execution_context", "num_optimization_profiles"):
+        assert hasattr(trt.ICudaEngine, name)
+    calls = ("set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3")
+    assert all(hasattr(trt.IExecutionContext, name) for name in calls)
+    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
