@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -46,28 +46,28 @@ class Parts:
     def __init__(self, card: Card, shape: str) -> None:
         self._card, self._config, self._is_tiny = card, SHAPES[shape], shape == "tiny"
 
-    def kernels(self) -> list[Record]:
+    def kernels(self) -> Iterable[Record]:
         return Checks(self._card, is_tiny=self._is_tiny).run()
 
-    def graphs(self) -> list[Record]:
+    def graphs(self) -> Iterable[Record]:
         return engine_checks.graphs(self._card, SHAPES["tiny"])
 
-    def steps_bf16(self) -> list[Record]:
+    def steps_bf16(self) -> Iterable[Record]:
         return engine_checks.steps(self._card, self._config, "bf16", (1, 2) if self._is_tiny else BATCHES)
 
-    def steps_fp8(self) -> list[Record]:
+    def steps_fp8(self) -> Iterable[Record]:
         return engine_checks.steps(self._card, self._config, "fp8", (1, 2) if self._is_tiny else BATCHES)
 
-    def throughput_fp8(self) -> list[Record]:
+    def throughput_fp8(self) -> Iterable[Record]:
         return self._throughput("fp8")
 
-    def throughput_bf16(self) -> list[Record]:
+    def throughput_bf16(self) -> Iterable[Record]:
         return self._throughput("bf16")
 
-    def tensorrt(self) -> list[Record]:
+    def tensorrt(self) -> Iterable[Record]:
         return tensorrt(self._card)
 
-    def _throughput(self, dtype: str) -> list[Record]:
+    def _throughput(self, dtype: str) -> Iterable[Record]:
         loads, rows, tokens = (TINY_LOADS, 4, 16) if self._is_tiny else (LOADS, 512, 4096)
         return engine_checks.throughput(
             self._card, self._config, dtype, loads, max_num_seqs=rows, max_num_tokens=tokens
@@ -86,20 +86,20 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here (torch.cuda.is_available() is False); --device cpu tries the checks themselves")
     card = Card(torch.device(options.device))
-    part: Callable[[], list[Record]] = getattr(Parts(card, "llama-3.1-8b" if card.is_gpu else "tiny"), options.part)
-    begin_s = time.perf_counter()
-    records = part()
+    part: Callable[[], Iterable[Record]] = getattr(Parts(card, "llama-3.1-8b" if card.is_gpu else "tiny"), options.part)
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    facts = {"part": options.part, "date": date, **card.facts(), "seconds": round(time.perf_counter() - begin_s, 1)}
+    facts: Record = {"part": options.part, "date": date, **card.facts()}
     print(json.dumps(facts, default=str))
-    for record in records:
-        print("  " + "  ".join(f"{name}={value}" for name, value in record.items()))
     folder = options.out or (Path("perf/results") if card.is_gpu else None)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"gpu_{options.part}_{date}.json"
-        path.write_text(json.dumps({**facts, "records": records}, indent=1, default=str) + "\n", encoding="utf-8")
-        print(path)
+    records, begin_s = [], time.perf_counter()
+    for record in part():
+        print("  " + "  ".join(f"{name}={value}" for name, value in record.items()), flush=True)
+        records.append(record)
+        if folder is not None:  # after each: a part that runs out of time keeps what it has
+            folder.mkdir(parents=True, exist_ok=True)
+            seconds = round(time.perf_counter() - begin_s, 1)
+            text = json.dumps({**facts, "seconds": seconds, "records": records}, indent=1, default=str)
+            (folder / f"gpu_{options.part}_{date}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,7 @@ def make_runner(
     uses_graphs: bool = True,
 ) -> DeviceRunner:
     """A runner with blocks for all its rows, as far as the card's memory goes."""
+    gc.collect()  # a runner before this one refers to itself
     model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute_of(card))
     num_blocks = max_num_seqs * -(-max_model_len // BLOCK_SIZE)
     if card.is_gpu:
@@ -53,7 +56,7 @@ def make_runner(
         left, total = torch.cuda.mem_get_info(card.device)
         spare = left - int((1 - MEMORY_SHARE) * total)
         num_blocks = min(num_blocks, spare // model.blocks.bytes_per_block)
-    return DeviceRunner(
+    runner = DeviceRunner(
         model,
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
@@ -61,9 +64,12 @@ def make_runner(
         max_model_len=max_model_len,
         uses_graphs=uses_graphs,
     )
+    if card.is_gpu:
+        runner.warm_up(max_num_tokens - max_num_seqs)
+    return runner
 
 
-def graphs(card: Card, config: DecoderConfig) -> list[Record]:
+def graphs(card: Card, config: DecoderConfig) -> Iterator[Record]:
     """Captured steps give the ids of eager ones, greedy and sampled, with a new number of rows in every turn."""
     lengths = {"max_num_seqs": 8, "max_num_tokens": 128, "max_model_len": 96}
     answers = []
@@ -72,27 +78,32 @@ def graphs(card: Card, config: DecoderConfig) -> list[Record]:
         scheduler = make_scheduler(runner, max_num_tokens=64)
         for handle in range(6 if card.is_gpu else 3):
             growth = 4 if card.is_gpu else 1
-            sampling = SamplingParams(max_tokens=3 + growth * handle, temperature=float(handle % 2), seed=handle)
+            sampling = SamplingParams(
+                max_tokens=3 + growth * handle,
+                temperature=float(handle % 2),
+                top_p=0.9 if handle % 3 else 1.0,
+                seed=handle,
+            )
             prompt = tuple(range(2 + handle, 20 + 3 * handle))
             scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
         answers.append(drive(scheduler, runner).ids)
         runner.close()
     assert answers[0] == answers[1], "captured steps give other ids than eager ones"
-    return [{"name": "graphs", "sequences": len(answers[0]), "tokens": sum(map(len, answers[0].values()))}]
+    yield {"name": "graphs", "sequences": len(answers[0]), "tokens": sum(map(len, answers[0].values()))}
 
 
-def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...]) -> list[Record]:
+def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...]) -> Iterator[Record]:
     """Decode steps one after another, two in flight, against the floor: weights and K/V read once."""
     bandwidth = card.bandwidth()
     context = CONTEXT if card.is_gpu else 16
     num_steps = 64 if card.is_gpu else 2
     longest = context + 4 * num_steps
     runner = make_runner(
-        card, config, dtype, max_num_seqs=max(batches), max_num_tokens=max(batches), max_model_len=longest
+        card, config, dtype, max_num_seqs=max(batches), max_num_tokens=2 * max(batches), max_model_len=longest
     )
     element = compute_of(card).itemsize
     kv_bytes = 2 * config.num_layers * config.kv_size * element
-    step, records = 0, []
+    step = 0
     for batch in batches:
         starts, table, columns = [], [], -(-longest // BLOCK_SIZE)
         for row in range(batch):
@@ -127,26 +138,22 @@ def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...
         step += 1
         seconds = float(np.median(np.diff(times[4:]))) if len(times) > 5 else times[-1] - times[0]
         floor_s = (weight_bytes(config, dtype, element) + batch * context * kv_bytes) / bandwidth
-        records.append(
-            {
-                "name": f"step {dtype}",
-                "batch": batch,
-                "context": context,
-                "ms": round(seconds * 1e3, 3),
-                "floor_ms": round(floor_s * 1e3, 3),
-                "of_floor": round(floor_s / seconds, 3),
-                "host_submit_us": round(host_s / num_steps * 1e6, 1),
-            }
-        )
+        yield {
+            "name": f"step {dtype}",
+            "batch": batch,
+            "context": context,
+            "ms": round(seconds * 1e3, 3),
+            "floor_ms": round(floor_s * 1e3, 3),
+            "of_floor": round(floor_s / seconds, 3),
+            "host_submit_us": round(host_s / num_steps * 1e6, 1),
+        }
     runner.close()
-    return records
 
 
 def throughput(
     card: Card, config: DecoderConfig, dtype: str, loads: tuple[Load, ...], *, max_num_seqs: int, max_num_tokens: int
-) -> list[Record]:
+) -> Iterator[Record]:
     """Offline: all requests at once, every answer as long as asked for, which is checked."""
-    records = []
     for load in loads:
         runner = make_runner(
             card,
@@ -157,33 +164,31 @@ def throughput(
             max_model_len=load.num_prompt + load.num_output + 1,
         )
         chance = np.random.default_rng(5)
-        for share in (8, 1):  # the first run compiles kernels and captures graphs
+        # The first run compiles kernels and captures graphs of all sizes: answers of many lengths end one by one.
+        for is_warm in (False, True):
             scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
-            count = max(2, load.num_requests // share)
+            count = load.num_requests if is_warm else min(load.num_requests, max_num_seqs)
             for handle in range(count):
                 prompt = tuple(chance.integers(2, config.vocab_size, load.num_prompt).tolist())
-                sampling = SamplingParams(max_tokens=load.num_output)
+                sampling = SamplingParams(max_tokens=load.num_output if is_warm else 2 + handle % 96)
                 scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
             run = drive(scheduler, runner)
         lengths = {len(ids) for ids in run.ids.values()}
         assert lengths == {load.num_output} and len(run.ids) == count, f"answers of {lengths} tokens"
-        records.append(
-            {
-                "name": f"throughput {dtype}",
-                "input": load.num_prompt,
-                "output": load.num_output,
-                "requests": count,
-                "out_tok_s": round(count * load.num_output / run.seconds, 1),
-                "seconds": round(run.seconds, 2),
-                "steps": run.num_steps,
-                "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
-                "waited_share": round(run.waited_s / run.seconds, 3),
-                "kv_blocks": runner.limits.num_blocks,
-            }
-        )
+        yield {
+            "name": f"throughput {dtype}",
+            "input": load.num_prompt,
+            "output": load.num_output,
+            "requests": count,
+            "out_tok_s": round(count * load.num_output / run.seconds, 1),
+            "seconds": round(run.seconds, 2),
+            "steps": run.num_steps,
+            "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
+            "waited_share": round(run.waited_s / run.seconds, 3),
+            "kv_blocks": runner.limits.num_blocks,
+        }
         runner.close()
         del runner
-    return records
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ def _tried(package: str, card: Card) -> Record:
         return {**record, "takes_card": None, "reason": "no GPU"}
     try:
         return {**record, **_built_and_loaded(trt, card)}
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # AttributeError: it has no name for the capability
         return {**record, "takes_card": False, "reason": str(error)}
 
 

@@ -10,7 +10,7 @@ from pageflight.core.plan import StepEvents, StepPlan, StepResult
 from pageflight.core.request import Request, SamplingParams
 from pageflight.core.stats import CoreStats
 from pageflight.loop.clock import ManualClock
-from pageflight.loop.engine_loop import LINGER_LIMIT_S, Cancel, Command, Drain, EngineLoop, Shutdown, Submit
+from pageflight.loop.engine_loop import LINGER_LIMIT_S, Cancel, Command, Drain, EngineLoop, NoTrace, Shutdown, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.deep_fake import DeepFakeRunner
@@ -117,6 +117,62 @@ def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
     for request in requests:
         expected = fake_continuation(request.prompt_ids, request.sampling, vocab_size=VOCAB_SIZE)
         assert ids_of(events, request.handle) == expected
+
+
+def test_steps_of_a_trial_are_alone_in_flight() -> None:
+    """The last step of a trial had a step of everybody behind it: who brought the core down could not be told."""
+    scene = Scene(runner := DeepFakeRunner(LIMITS))
+    log: list[str] = []
+    plan_step, submit, collect = scene.loop.scheduler.plan, runner.submit, runner.collect
+    trials: set[int] = set()
+
+    def noted_plan(now_s: float) -> StepPlan | None:
+        is_trial = scene.loop.scheduler.accused is not None
+        plan = plan_step(now_s)
+        if plan is not None and is_trial:
+            trials.add(plan.step)
+        return plan
+
+    def logged_submit(plan: StepPlan) -> None:
+        log.append(f"submit {plan.step}")
+        submit(plan)
+
+    def logged_collect() -> StepResult:
+        result = collect()
+        log.append(f"collect {result.step}")
+        return result
+
+    scene.loop.scheduler.plan = noted_plan  # type: ignore[method-assign]
+    runner.submit, runner.collect = logged_submit, logged_collect  # type: ignore[method-assign]
+    scene.submit(0, max_tokens=9)
+    accused = Request(handle=1, prompt_ids=(4, 5), sampling=SamplingParams(max_tokens=6), trial_tokens=3)
+    scene.mailbox.send(Submit(accused))
+    events = scene.until_idle()
+    assert ids_of(events, 1) == fake_continuation(accused.prompt_ids, accused.sampling, vocab_size=VOCAB_SIZE)
+    assert len(trials) == 3
+    for step in trials:
+        at = log.index(f"submit {step}")
+        assert log[at + 1] == f"collect {step}"
+        kinds = [entry.split()[0] for entry in log[:at]]
+        assert kinds.count("submit") == kinds.count("collect"), "a step of others was still under way"
+
+
+def test_a_row_that_is_taken_anew_is_traced_under_both_names() -> None:
+    """Two steps in flight, and the first of them computes a sequence that has lost its row to another since."""
+    scene = Scene(DeepFakeRunner(LIMITS))
+    begun: list[set[int]] = []
+
+    class Traced(NoTrace):
+        def begin(self, handles_R, rows_S) -> None:  # type: ignore[no-untyped-def]
+            begun.append(set(handles_R[rows_S].tolist()))
+
+    scene.loop._trace = Traced()
+    for handle in range(6):  # four rows
+        scene.submit(handle, max_tokens=3)
+    events = scene.until_idle()
+    assert sum(len(event.finished) for event in events) == 6
+    assert {0, 1, 2, 3} <= begun[0] and max(len(names) for names in begun) >= 4
+    assert {4, 5} <= set().union(*begun)
 
 
 def test_a_refused_request_gets_its_error_and_no_event() -> None:

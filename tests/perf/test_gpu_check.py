@@ -32,7 +32,7 @@ def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_steps_and_throughput_are_measured(dtype: str) -> None:
-    steps = engine_checks.steps(CARD, SHAPES["tiny"], dtype, (1, 2))
+    steps = list(engine_checks.steps(CARD, SHAPES["tiny"], dtype, (1, 2)))
     assert [record["batch"] for record in steps] == [1, 2] and all(record["ms"] > 0 for record in steps)
     load = Load(num_prompt=9, num_output=3, num_requests=3)
     (record,) = engine_checks.throughput(CARD, SHAPES["tiny"], dtype, (load,), max_num_seqs=4, max_num_tokens=16)

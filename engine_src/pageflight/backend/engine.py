@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -28,6 +28,8 @@ from pageflight.loop.supervisor import SupervisorConfig
 from pageflight.loop.watch import Watch
 
 log = logging.getLogger(__name__)
+
+Config = TypeVar("Config")
 
 START_TIMEOUT_S = 1800.0
 """Loading a large engine from a slow disk takes its time."""
@@ -150,33 +152,39 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
 
 
 def _cache(settings: ModelSettings, block_size: int) -> KVConfig:
-    try:
-        return KVConfig(
-            block_size=block_size,
-            memory_bytes=settings.number("kv_memory", 0),
-            prefix_cache=settings.flag("prefix_cache"),
-            host_memory_bytes=settings.number("host_kv_memory", 0),
-            gpu_memory_utilization=settings.real("gpu_memory_utilization"),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"config.pbtxt of {settings.name}: {error}") from None
+    return _made(
+        KVConfig,
+        settings,
+        block_size=block_size,
+        memory_bytes=settings.number("kv_memory", 0),
+        prefix_cache=settings.flag("prefix_cache"),
+        host_memory_bytes=settings.number("host_kv_memory", 0),
+        gpu_memory_utilization=settings.real("gpu_memory_utilization"),
+    )
 
 
 def _scheduler(settings: ModelSettings, max_model_len: int) -> SchedulerConfig:
+    return _made(
+        SchedulerConfig,
+        settings,
+        max_num_tokens=settings.number("max_num_tokens", 1),
+        max_num_seqs=settings.number("max_num_seqs", 1),
+        max_model_len=max_model_len,
+        max_queue_size=settings.number("max_queue_size", 1),
+        max_queue_tokens=settings.number("max_queue_tokens", 0),
+        scheduling_policy=cast(SchedulingPolicy, settings.text("scheduling_policy")),
+        ageing_s=settings.real("ageing_s"),
+        kv_admission=cast(KVAdmission, settings.text("kv_admission")),
+        kv_watermark=settings.real("kv_watermark"),
+        target_inter_token_ms=settings.real("target_inter_token_ms"),
+        deterministic=settings.flag("deterministic"),
+    )
+
+
+def _made(config: Callable[..., Config], settings: ModelSettings, **values: object) -> Config:
+    """What `config` makes of values that are read already. Raises ConfigError saying where the wrong one stands."""
     try:
-        return SchedulerConfig(
-            max_num_tokens=settings.number("max_num_tokens", 1),
-            max_num_seqs=settings.number("max_num_seqs", 1),
-            max_model_len=max_model_len,
-            max_queue_size=settings.number("max_queue_size", 1),
-            max_queue_tokens=settings.number("max_queue_tokens", 0),
-            scheduling_policy=cast(SchedulingPolicy, settings.text("scheduling_policy")),
-            ageing_s=settings.real("ageing_s"),
-            kv_admission=cast(KVAdmission, settings.text("kv_admission")),
-            kv_watermark=settings.real("kv_watermark"),
-            target_inter_token_ms=settings.real("target_inter_token_ms"),
-            deterministic=settings.flag("deterministic"),
-        )
+        return config(**values)
     except ConfigError as error:
         raise ConfigError(f"config.pbtxt of {settings.name}: {error}") from None
 

@@ -19,7 +19,7 @@ from pageflight.kernels.builds import KernelBuild
 TILE = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def scatter_kernel(state, words, values, num_words, TILE: tl.constexpr):
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = index < num_words
@@ -27,7 +27,7 @@ def scatter_kernel(state, words, values, num_words, TILE: tl.constexpr):
     tl.store(state + word.to(tl.int64), tl.load(values + index, mask=inside, other=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def prepare_kernel(
     state,
     num_tokens_R,
@@ -68,7 +68,7 @@ def prepare_kernel(
         tl.store(lens_S + index, tl.where(real, position + 1, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lines"])
 def append_kernel(
     state, num_tokens_R, rows_L, ids_L, log_probs_L, are_bad_L, results, num_lines, stride_tokens, TILE: tl.constexpr
 ):

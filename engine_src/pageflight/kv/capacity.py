@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
-
 from pageflight.core.config import KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError
 
@@ -43,6 +41,8 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 def free_memory(proc: Path = Path("/proc/self"), cgroup: Path = Path("/sys/fs/cgroup")) -> FreeMemory:
     """Memory that this process can still get. The folders are parameters for tests."""
+    import psutil  # type: ignore[import-untyped]  # whoever brings their own figures does without it
+
     found = [FreeMemory(num_bytes=int(psutil.virtual_memory().available), source="memory available on this machine")]
     for controllers, path in _memberships(proc / "cgroup"):
         if controllers == "":

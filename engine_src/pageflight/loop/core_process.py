@@ -237,7 +237,7 @@ def _serve(
     def report(stats: CoreStats) -> None:
         mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes()))
 
-    trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs)
+    trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs * limits.max_in_flight)
     loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)
     signal.signal(DRAIN_SIGNAL, lambda *_: mailbox.stop(Drain()))
     # What start-up made lives as long as the process: keep the collector from walking through it again and again.

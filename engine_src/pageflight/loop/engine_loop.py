@@ -119,6 +119,7 @@ class EngineLoop:
         self._ahead = ahead
         self._planned: StepPlan | None = None  # while another one ran
         self._is_submitted = False  # the planned step, too
+        self._is_trial = False  # the step that was planned last
         self._plan_s = self._step_s = 0.0  # smoothed
         self._report = report
         self._report_interval_s = report_interval_s
@@ -166,6 +167,7 @@ class EngineLoop:
     def _plan(self) -> StepPlan | None:
         begin_s = self.clock()
         accused = self.scheduler.accused
+        self._is_trial = accused is not None
         if accused is not None:
             self._trace.take(accused)
         plan = self.scheduler.plan(begin_s)
@@ -182,13 +184,15 @@ class EngineLoop:
     def _plan_ahead(self, running: StepPlan) -> None:
         for command in self.mailbox.receive(0.0):
             self._obey(command)
-        if self.scheduler.accused is not None:
-            return  # the trace would name it, whoever brings the step in flight down
+        if self._is_trial or self.scheduler.accused is not None:
+            return  # the trace would name others beside the accused, or it, whoever brings the step in flight down
+        handles = self.scheduler.handles[running.rows]  # a copy: rows may be taken anew while their step runs
         self._planned = self._plan()
         if self._planned is None:
             return
         if self.runner.limits.max_in_flight > 1:
-            self._trace.begin(self.scheduler.handles, np.union1d(running.rows, self._planned.rows))
+            both = np.union1d(handles, self.scheduler.handles[self._planned.rows])
+            self._trace.begin(both, np.arange(both.size, dtype=np.int32))
             self.runner.submit(self._planned)
             self._is_submitted = True
         elif isinstance(self.runner, StagingRunner):

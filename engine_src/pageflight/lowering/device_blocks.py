@@ -18,6 +18,8 @@ from pageflight.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from pageflight.kernels.kv_write import rope_and_write
 from pageflight.models.config import DecoderConfig
 
+COPIED_AT_ONCE = 32
+"""Blocks that are copied to the host or back together: their staging buffer takes memory that nobody reserved."""
 KV_ELEMENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -67,8 +69,8 @@ class DeviceBlocks:
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, self.block_size, c.head_dim)
         try:
             self.cache = torch.zeros(shape, dtype=self.element, device=self.device)
-            pinned = self.device.type == "cuda" and num_host_blocks > 0
-            self._host = torch.zeros(staging_shape(self.cache, num_host_blocks), dtype=self.element, pin_memory=pinned)
+            # Not pinned: torch would pin the next power of two, and slots are copied through a staging buffer anyway.
+            self._host = torch.zeros(staging_shape(self.cache, num_host_blocks), dtype=self.element)
         except RuntimeError as error:  # torch.OutOfMemoryError among them
             count = f"{num_blocks} blocks and {num_host_blocks} of the host"
             raise ConfigError(f"{count} of {self.bytes_per_block} bytes: {error}") from None
@@ -120,13 +122,18 @@ class DeviceBlocks:
 
     def copy_out(self, blocks: Tensor, slots: Tensor) -> None:
         """Copy whole blocks (int32 on the device) to slots of the host (int64 on the host)."""
-        staging = torch.empty(staging_shape(self._cache, len(blocks)), dtype=self.element, device=self.device)
-        gather_blocks(staging, self._cache, blocks)
-        self._slots[slots] = staging.cpu()
+        for begin in range(0, len(blocks), COPIED_AT_ONCE):
+            part = slice(begin, begin + COPIED_AT_ONCE)
+            shape = staging_shape(self._cache, len(blocks[part]))
+            staging = torch.empty(shape, dtype=self.element, device=self.device)
+            gather_blocks(staging, self._cache, blocks[part])
+            self._slots[slots[part]] = staging.cpu()
 
     def copy_in(self, slots: Tensor, blocks: Tensor) -> None:
         """Copy whole slots of the host (int64 on the host) to blocks (int32 on the device)."""
-        scatter_blocks(self._cache, self._slots[slots].to(self.device), blocks)
+        for begin in range(0, len(blocks), COPIED_AT_ONCE):
+            part = slice(begin, begin + COPIED_AT_ONCE)
+            scatter_blocks(self._cache, self._slots[slots[part]].to(self.device), blocks[part])
 
     @property
     def _cache(self) -> Tensor:

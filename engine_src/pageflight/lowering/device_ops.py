@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pageflight.kernels.activation import silu_mul
-from pageflight.kernels.norm import add_rms_norm, rms_norm
+from pageflight.kernels.activation import silu_mul, silu_mul_fp8
+from pageflight.kernels.norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
 from pageflight.lowering.device_weight import DeviceWeight
 from pageflight.models.config import DecoderConfig
@@ -36,6 +36,51 @@ class _Sum:
         return self.x
 
 
+@dataclass(slots=True, eq=False)
+class _Normed:
+    """A normalised sum, not computed yet: what multiplies it says whether it wants e4m3 codes. Computed once."""
+
+    x: Tensor
+    y: Tensor | None
+    weight: Tensor
+    eps: float
+    done: Tensor | None = None
+
+    def value(self) -> Tensor:
+        if self.done is None:
+            y, self.y = self.y, None
+            summed = (self.x, self.weight, self.eps)
+            self.done = rms_norm(*summed) if y is None else add_rms_norm(y, *summed)
+        return self.done
+
+    def codes(self, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.done is None, "one product asks for codes"
+        y, self.y = self.y, None
+        summed = (self.x, self.weight, self.eps)
+        return rms_norm_fp8(*summed, scale=scale) if y is None else add_rms_norm_fp8(y, *summed, scale=scale)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gated:
+    """SwiGLU of a fused gate and up, not computed yet, for the same reason."""
+
+    gate_up: Tensor
+
+    def value(self) -> Tensor:
+        return silu_mul(self.gate_up)
+
+    def codes(self, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        return silu_mul_fp8(self.gate_up, scale=scale)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gate_up.dtype
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Heads:
     """A part of a fused qkv, which is turned and written as a whole."""
@@ -43,7 +88,7 @@ class _Heads:
     qkv: Tensor
 
 
-Value = Tensor | _Sum | _Heads
+Value = Tensor | _Sum | _Normed | _Gated | _Heads
 
 
 class DeviceOps:
@@ -79,14 +124,19 @@ class DeviceOps:
     def rope_rows(self, positions: Tensor) -> None:
         """Heads are turned when they attend."""
 
-    def rms_norm(self, x: Value, weight: str, eps: float) -> Tensor:
-        if isinstance(x, _Sum) and x.y is not None:
-            y, x.y = x.y, None
-            return add_rms_norm(y, x.x, self._weights[weight].values, eps)
-        return rms_norm(_tensor(x), self._weights[weight].values, eps)
+    def rms_norm(self, x: Value, weight: str, eps: float) -> _Normed:
+        values = self._weights[weight].values
+        if not isinstance(x, _Sum):
+            return _Normed(_tensor(x), None, values, eps)
+        y, x.y = x.y, None
+        return _Normed(x.x, y, values, eps)
 
     def linear(self, x: Value, weight: str, bias: str | None = None) -> Tensor:
-        return self._weights[weight].product(_tensor(x), None if bias is None else self._weights[bias].values)
+        factor, offset = self._weights[weight], None if bias is None else self._weights[bias].values
+        if factor.takes_codes and isinstance(x, _Normed | _Gated):
+            codes, scale = x.codes(factor.input_scale)
+            return factor.product_of_codes(codes, scale, offset, x.dtype)
+        return factor.product(_tensor(x), offset)
 
     def split(self, x: Tensor, sizes: Sequence[int]) -> tuple[_Heads, ...]:
         return tuple(_Heads(x) for _ in sizes)
@@ -98,8 +148,8 @@ class DeviceOps:
         assert self._pass is not None and q.qkv is k.qkv is v.qkv, "q, k and v of one product"
         return self._blocks.attend(layer, q.qkv, self._cosines, self._sines, self._pass)
 
-    def gated_linear(self, x: Value, weight: str, bias: str | None = None) -> Tensor:
-        return silu_mul(self.linear(x, weight, bias))
+    def gated_linear(self, x: Value, weight: str, bias: str | None = None) -> _Gated:
+        return _Gated(self.linear(x, weight, bias))
 
     def add(self, a: Value, b: Tensor) -> _Sum:
         return _Sum(_tensor(a), b)
@@ -107,4 +157,4 @@ class DeviceOps:
 
 def _tensor(x: Value) -> Tensor:
     assert not isinstance(x, _Heads), "heads only attend"
-    return x.value() if isinstance(x, _Sum) else x
+    return x if isinstance(x, Tensor) else x.value()

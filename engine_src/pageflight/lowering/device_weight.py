@@ -65,7 +65,17 @@ class DeviceWeight:
             codes, scale = quantise_fp8(x, self.input_scale), self.input_scale
         else:
             codes, scale = quantise_fp8_per_token(x)
-        return scaled_mm(codes, self.values, scale, self.scales, bias=bias, out_dtype=x.dtype)
+        return self.product_of_codes(codes, scale, bias, x.dtype)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether products round activations to e4m3: what makes them may do it on the way."""
+        return self.form == "F8_E4M3"
+
+    def product_of_codes(self, codes: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """The product of e4m3 `codes` [T, K], worth `scale` [1] or [T] each."""
+        assert self.takes_codes and self.scales is not None
+        return scaled_mm(codes, self.values, scale, self.scales, bias=bias, out_dtype=out_dtype)
 
 
 def load_weights(

@@ -121,15 +121,20 @@ class TensorRtSegments:
 
     def __init__(self, trt: Any, folder: Path, plan: EnginePlan) -> None:
         """Raises ConfigError naming the engine that this GPU does not take."""
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        try:
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        except Exception as error:  # of the bindings: which ones is not documented
+            raise ConfigError(f"{folder}: {plan.flavor} TensorRT does not start here: {error}") from None
         self._engines = {}
+        self._contexts: dict[tuple[str, int], Any] = {}
         for segment in plan.segments:
             engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
-            if engine is None:
+            context = None if engine is None else engine.create_execution_context()
+            if context is None:
                 gpu = torch.cuda.get_device_name()
                 raise ConfigError(f"{folder / segment.file}: {plan.flavor} TensorRT does not take it on {gpu}")
             self._engines[segment.name] = engine
-        self._contexts: dict[tuple[str, int], Any] = {}
+            self._contexts[segment.name, 0] = context  # profile 0 is a context's first
         self._sized = {  # inputs whose shape a step decides
             segment.name: {spec.name for spec in segment.inputs if any(isinstance(size, str) for size in spec.shape)}
             for segment in plan.segments
@@ -140,14 +145,15 @@ class TensorRtSegments:
         context = self._contexts.get((segment, profile))
         if context is None:
             context = self._engines[segment].create_execution_context()
-            context.set_optimization_profile_async(profile, stream)
+            if context is None or not context.set_optimization_profile_async(profile, stream):
+                raise RuntimeError(f"TensorRT has no context for profile {profile} of segment {segment}")
             self._contexts[segment, profile] = context
         for name, tensor in inputs.items():
-            if name in self._sized[segment]:
-                context.set_input_shape(name, tuple(tensor.shape))
-            context.set_tensor_address(name, tensor.data_ptr())
-        for name, tensor in outputs.items():
-            context.set_tensor_address(name, tensor.data_ptr())
+            if name in self._sized[segment] and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"TensorRT refuses shape {tuple(tensor.shape)} for {name} of segment {segment}")
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise RuntimeError(f"TensorRT refuses the address of {name} of segment {segment}")
         if not context.execute_async_v3(stream):
             raise RuntimeError(f"TensorRT could not run segment {segment}")
 

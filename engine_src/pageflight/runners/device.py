@@ -5,6 +5,8 @@ Shapes: R rows, S rows that run, T packed tokens, L rows that sample, V vocabula
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -22,11 +24,14 @@ from pageflight.lowering.device_model import DeviceModel
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device_graphs import Graphs
 from pageflight.runners.device_rows import DeviceRows, StagedStep
+from pageflight.runners.local import COPIES_MEASURED, COPY_ROUNDS
 from pageflight.sampling.adjustments import RowAdjustments
 from pageflight.sampling.sampler import NonFiniteLogits, Sampler
 
 Int32Array = NDArray[np.int32]
 MAX_IN_FLIGHT = 2
+WARM_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 256)
+"""Of chunks: the tiles of attention and of integer products go by powers of two."""
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -65,6 +70,7 @@ class DeviceRunner:
         self.limits = RunnerLimits(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
+            host_copy_s=_measure_copies(model, min(num_blocks, num_host_blocks)),
             block_size=model.blocks.block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -87,13 +93,32 @@ class DeviceRunner:
         self._num_sms = 0
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs and device.type == "cuda")
+        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs)
+        self._steps: torch.cuda.Stream | None = None  # the default stream would wait for all others
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            self._steps = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(device)  # what was made so far was made on the default stream
+
+    def warm_up(self, max_num_tokens: int) -> None:
+        """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later."""
+        with torch.cuda.stream(self._steps):
+            lengths = {length for length in WARM_LENGTHS if length < max_num_tokens} | {max_num_tokens}
+            for filters in (False, True):
+                for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
+                    self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), filters)
+                for length in sorted(lengths):
+                    plan = _padding(length)
+                    staged = self._rows.stage_mixed(plan, length)
+                    self._sample(self._forward_mixed(plan, staged), staged.sample_rows_L, filters=filters)
 
     def submit(self, plan: StepPlan) -> None:
         """Apply the plan's differences and begin its forward pass; a plan without rows changes state only."""
+        with torch.cuda.stream(self._steps):
+            self._submit(plan)
+
+    def _submit(self, plan: StepPlan) -> None:
         assert len(self._in_flight) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
         if self._in_flight and self._in_flight[-1].logits_LV is not None:
             self._in_flight[-1] = self._sampled_by_host(self._in_flight[-1])  # its ids are this plan's tokens
@@ -132,7 +157,8 @@ class DeviceRunner:
         assert self._in_flight, "submit() comes before collect()"
         flight = self._in_flight.popleft()
         if flight.logits_LV is not None:
-            flight = self._sampled_by_host(flight)
+            with torch.cuda.stream(self._steps):
+                flight = self._sampled_by_host(flight)
         plan = flight.plan
         if flight.results is None:
             return StepResult(plan.step, _NO_IDS)
@@ -156,7 +182,7 @@ class DeviceRunner:
     def _decode(self, staged: StagedStep, filters: bool) -> Tensor:
         """One token for every row, from its row to its result; what a graph captures."""
         bucket = len(staged.rows_S)
-        ids, positions, slots, lens = torch.empty(4, bucket, dtype=torch.int32, device=self._device)
+        ids, positions, slots, lens = (self._integers(bucket) for _ in range(4))
         self._prepare(staged, ids, positions, slots, lens)
         inputs = DeviceInputs(
             ids_T=ids,
@@ -169,7 +195,7 @@ class DeviceRunner:
         return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters=filters)
 
     def _forward_mixed(self, plan: StepPlan, staged: StagedStep) -> Tensor:
-        ids, positions, slots = torch.empty(3, plan.num_tokens, dtype=torch.int32, device=self._device)
+        ids, positions, slots = (self._integers(plan.num_tokens) for _ in range(3))
         self._prepare(staged, ids, positions, slots, None)
         inputs = DeviceInputs(
             ids_T=ids,
@@ -182,6 +208,10 @@ class DeviceRunner:
             take_L=staged.take_L,
         )
         return self._model.forward(inputs)
+
+    def _integers(self, count: int) -> Tensor:
+        """One tensor for each purpose: engines and kernels want them to begin at round addresses."""
+        return torch.empty(count, dtype=torch.int32, device=self._device)
 
     def _prepare(self, staged: StagedStep, ids: Tensor, positions: Tensor, slots: Tensor, lens: Tensor | None) -> None:
         rows = self._rows
@@ -254,7 +284,10 @@ class DeviceRunner:
             self._model.blocks.copy(self._on_device(plan.copy_sources), self._on_device(plan.copy_targets))
 
     def _on_device(self, ids: Int32Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids, np.int32)).to(self._device)
+        on_host = torch.from_numpy(np.ascontiguousarray(ids, np.int32))
+        if self._device.type == "cuda":  # from other memory the copy would wait for the steps in flight
+            on_host = on_host.pin_memory()
+        return on_host.to(self._device, non_blocking=True)
 
     def _splits_of(self, num_rows: int) -> SplitWorkspace | None:
         """The workspace for decoding so many rows, made once; None where no context is split."""
@@ -329,6 +362,33 @@ class _HostSampler:
                 log_probs_L[sound_L] = log_probs
             break
         return ids_L, log_probs_L, ~sound_L
+
+
+def _padding(num_tokens: int) -> StepPlan:
+    """A step that nobody has: it writes nowhere."""
+    return StepPlan(
+        step=-1,
+        rows=np.full(1, -1, np.int32),
+        starts_at=np.zeros(1, np.int32),
+        lengths=np.full(1, num_tokens, np.int32),
+        samples=np.ones(1, np.bool_),
+    )
+
+
+def _measure_copies(model: DeviceModel, num_blocks: int) -> float:
+    """Seconds of copying one block to the host or back, of a few at once, as a swap copies them."""
+    if not num_blocks:
+        return 0.0
+    slots = torch.arange(min(num_blocks, COPIES_MEASURED))
+    blocks = slots.to(device=model.device, dtype=torch.int32)
+    times = []
+    for _ in range(COPY_ROUNDS):
+        begin_s = time.perf_counter()
+        model.blocks.copy_out(blocks, slots)  # waits for the device
+        model.blocks.copy_in(slots, blocks)
+        model.blocks.copy_out(blocks[:1], slots[:1])
+        times.append(time.perf_counter() - begin_s)
+    return statistics.median(times[1:]) / (2 * len(slots) + 1)
 
 
 def _index(ids: Int32Array) -> Tensor:

@@ -51,7 +51,7 @@ def load_on_gpu(
         replace(config.kv, block_size=model.blocks.block_size),
         scheduler,
         bytes_per_block=model.blocks.bytes_per_block,
-        free=_free(device, config.kv.gpu_memory_utilization, pass_bytes),
+        free=_free(device, config, pass_bytes),
         host_free=free_memory() if device.type == "cuda" else None,
         num_instances=num_instances,
         fraction=1.0,
@@ -65,6 +65,8 @@ def load_on_gpu(
         max_num_tokens=most_tokens,
         max_model_len=capacity.max_sequence_len,
     )
+    if device.type == "cuda":
+        runner.warm_up(scheduler.max_num_tokens)
     return runner, capacity
 
 
@@ -85,13 +87,16 @@ def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:
     return model, engine.manifest.max_model_len
 
 
-def _free(device: torch.device, utilization: float, pass_bytes: int) -> FreeMemory | None:
+def _free(device: torch.device, config: EngineConfig, pass_bytes: int) -> FreeMemory | None:
     """Memory for blocks; None takes what the host has, for a device that is the host's processor."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     left, total = torch.cuda.mem_get_info(device)
     used = total - left
+    if config.kv.num_blocks:  # a core started again gets what the first one had, if it is there at all
+        return FreeMemory(num_bytes=max(0, left - pass_bytes), source=f"left on {torch.cuda.get_device_name(device)}")
+    utilization = config.kv.gpu_memory_utilization
     num_bytes = max(0, int(total * utilization) - used - pass_bytes - RESERVED_BYTES)
     name = torch.cuda.get_device_name(device)
     return FreeMemory(num_bytes=num_bytes, source=f"gpu_memory_utilization={utilization:g} of {name}, {used} in use")

@@ -6,6 +6,7 @@ them runs at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from pageflight.runners.device_rows import StagedStep
 
+log = logging.getLogger(__name__)
+
 Decode = Callable[[StagedStep, bool], Tensor]
-WARM_UPS = 2
-"""Runs before a capture: kernels are compiled and library handles made then, which a capture does not allow. They are
-steps that had to run anyway."""
+RUNS_BEFORE = 2
+"""Eager runs of a size before it is captured: they compile kernels and make library handles, which a capture must not."""
 
 
 @dataclass(slots=True)
@@ -31,10 +33,11 @@ class Graphs:
     """Runs `decode` eagerly at first, then as a graph. Without a GPU, or if not `is_used`, always eagerly."""
 
     def __init__(self, decode: Decode, max_num_seqs: int, device: torch.device, *, is_used: bool) -> None:
-        self._decode, self._device, self._is_used = decode, device, is_used
-        self._sizes = bucket_sizes(max_num_seqs) if is_used else ()
+        self._decode, self._device = decode, device
+        self._is_used = is_used and device.type == "cuda"
+        self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else ()
         self._captured: dict[tuple[int, bool], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if is_used else None
+        self._pool = torch.cuda.graph_pool_handle() if self._is_used else None
 
     def bucket_of(self, num_rows: int) -> int:
         """Rows that such a step runs with."""
@@ -45,20 +48,26 @@ class Graphs:
         if not self._is_used:
             return self._decode(staged, filters)
         captured = self._captured.setdefault((len(staged.rows_S), filters), _Captured())
-        if captured.graph is None:
-            captured.num_runs += 1
-            if captured.num_runs <= WARM_UPS:
-                return self._decode(staged, filters)
+        if captured.graph is not None and captured.results is not None:
+            captured.graph.replay()
+            return captured.results
+        results = self._decode(staged, filters)
+        captured.num_runs += 1
+        if captured.num_runs == RUNS_BEFORE:
             self._capture(captured, staged, filters)
-        assert captured.graph is not None and captured.results is not None
-        captured.graph.replay()
-        return captured.results
+        return results
 
     def _capture(self, captured: _Captured, staged: StagedStep, filters: bool) -> None:
+        """Record the step that has just run. Where that fails, steps of this size go on without a graph."""
         torch.cuda.synchronize(self._device)
-        captured.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured.graph, pool=self._pool):
-            captured.results = self._decode(staged, filters)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                results = self._decode(staged, filters)
+        except RuntimeError as error:  # no memory among them
+            log.warning("no graph of %d rows: %s", len(staged.rows_S), error)
+            return
+        captured.graph, captured.results = graph, results
 
     def close(self) -> None:
         self._captured.clear()

@@ -19,6 +19,7 @@ from pageflight.kernels.step_inputs import scatter
 
 Int32Array = NDArray[np.int32]
 NUM_STAGES = 3  # one being filled while one travels and one is read
+ROUND = 64  # words, 256 bytes: what TensorRT asks of addresses, and kernels are compiled for
 MAX_CHANGES = 1 << 16  # words changed by one launch
 _NO_WORDS = np.zeros(0, np.int32)
 
@@ -59,7 +60,8 @@ class DeviceRows:
         )
         self._parameters_at = ((floats_at, floats.size // max_num_seqs), (integers_at, integers.size // max_num_seqs))
         self.num_tokens_R = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._staging = _Staging(5 * max_num_seqs + 1 + max_num_tokens + 2 * MAX_CHANGES, device)
+        self._starts_at = _rounded(max_num_seqs)
+        self._staging = _Staging(8 * ROUND + 5 * max_num_seqs + 1 + max_num_tokens + 2 * MAX_CHANGES, device)
         self._pending: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
 
     def change(self, plan: StepPlan) -> None:
@@ -91,7 +93,7 @@ class DeviceRows:
         starts = np.zeros(bucket, np.int32)
         rows[: len(rows_S)], starts[: len(starts_S)] = rows_S, starts_S
         # Rows of padding run as well as sample: both read the same place, which a captured graph knows.
-        on_rows, on_starts = self._stage((rows, starts), places=(0, self.num_rows))
+        on_rows, on_starts = self._stage((rows, starts), places=(0, self._starts_at))
         return StagedStep(rows_S=on_rows, starts_S=on_starts, sample_rows_L=on_rows)
 
     def stage_mixed(self, plan: StepPlan, num_tokens: int) -> StagedStep:
@@ -157,7 +159,7 @@ class _Staging:
         """One copy of all parts, one after another, the first ones at `places` where given; where they lie then."""
         begins, at = [], 0
         for index, part in enumerate(parts):
-            at = places[index] if places is not None and index < len(places) else at
+            at = places[index] if places is not None and index < len(places) else _rounded(at)
             begins.append(at)
             at += part.size
         assert at <= len(self._device), f"a step of {at} words, room for {len(self._device)}"
@@ -172,6 +174,10 @@ class _Staging:
             sent.record()
         self._next = (self._next + 1) % NUM_STAGES
         return [self._device[begin : begin + part.size] for begin, part in zip(begins, parts, strict=True)]
+
+
+def _rounded(num_words: int) -> int:
+    return -(-num_words // ROUND) * ROUND
 
 
 def packed_rows(num_rows: int) -> tuple[Int32Array, Int32Array]:
