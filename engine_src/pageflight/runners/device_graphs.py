@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Decode = Callable[[StagedStep, bool], Tensor]
 RUNS_BEFORE = 2
-"""Eager runs of a size before it is captured: they compile kernels and make library handles, which a capture must not."""
+"""Eager runs of a size before it is captured: they compile kernels and make library handles, which no capture may."""
 
 
 @dataclass(slots=True)
