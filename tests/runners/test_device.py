@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import defaultdict
 from dataclasses import replace
@@ -143,6 +144,7 @@ def test_tensorrt_engines_that_the_card_does_not_take_run_on_our_kernels(
         raise ConfigError("first.engine: rtx TensorRT does not take it on Some GPU")
 
     monkeypatch.setattr(device_factory, "load_segments", refuse)
+    caplog.set_level(logging.WARNING, "pageflight.runners.device_factory")
     config = EngineConfig(kv=KVConfig(num_blocks=12), scheduler=SchedulerConfig(max_num_tokens=40, max_num_seqs=8))
     runner, _ = device_factory.load_on_gpu(folder, config, torch.device("cpu"))
     requests = [request(0, 9, max_tokens=3)]
