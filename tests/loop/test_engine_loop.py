@@ -58,45 +58,8 @@ def ids_of(events: list[StepEvents], handle: int) -> list[int]:
     return [int(i) for event in events for h, i in zip(event.handles, event.ids, strict=True) if h == handle]
 
 
-def test_tokens_come_out_in_order_and_each_sequence_ends_once() -> None:
-    scene = Scene()
-    requests = [scene.submit(handle, max_tokens=3 + handle) for handle in range(3)]
-    events = scene.until_idle()
-    for request in requests:
-        expected = fake_continuation(request.prompt_ids, request.sampling, vocab_size=VOCAB_SIZE)
-        assert ids_of(events, request.handle) == expected
-    assert sorted(ending.handle for event in events for ending in event.finished) == [0, 1, 2]
-
-
-def test_events_of_a_step_go_out_while_the_next_one_runs() -> None:
-    """Sending before submitting left the model idle while the sockets were busy."""
-    scene = Scene()
-    log: list[str] = []
-    submit, collect, publish = scene.runner.submit, scene.runner.collect, scene.mailbox.publish
-
-    def logged_submit(plan: StepPlan) -> None:
-        log.append(f"submit {plan.step}")
-        submit(plan)
-
-    def logged_collect() -> StepResult:
-        result = collect()
-        log.append(f"collect {result.step}")
-        return result
-
-    def logged_publish(events: StepEvents) -> None:
-        log.append(f"publish {events.step}")
-        publish(events)
-
-    scene.runner.submit, scene.runner.collect = logged_submit, logged_collect  # type: ignore[method-assign]
-    scene.mailbox.publish = logged_publish  # type: ignore[method-assign]
-    scene.submit(0, max_tokens=2)
-    scene.until_idle()
-    assert log == ["submit 0", "collect 0", "submit 1", "publish 0", "collect 1", "publish 1"]
-
-
-def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
-    """A GPU stood idle from the end of a step until its ids had been settled and the next step planned."""
-    scene = Scene(runner := DeepFakeRunner(LIMITS))
+def steps_of(runner: FakeRunner | DeepFakeRunner) -> list[str]:
+    """What the runner is asked from now on, as it goes."""
     log: list[str] = []
     submit, collect = runner.submit, runner.collect
 
@@ -110,6 +73,38 @@ def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
         return result
 
     runner.submit, runner.collect = logged_submit, logged_collect  # type: ignore[method-assign]
+    return log
+
+
+def test_tokens_come_out_in_order_and_each_sequence_ends_once() -> None:
+    scene = Scene()
+    requests = [scene.submit(handle, max_tokens=3 + handle) for handle in range(3)]
+    events = scene.until_idle()
+    for request in requests:
+        expected = fake_continuation(request.prompt_ids, request.sampling, vocab_size=VOCAB_SIZE)
+        assert ids_of(events, request.handle) == expected
+    assert sorted(ending.handle for event in events for ending in event.finished) == [0, 1, 2]
+
+
+def test_events_of_a_step_go_out_while_the_next_one_runs() -> None:
+    """Sending before submitting left the model idle while the sockets were busy."""
+    scene = Scene()
+    log, publish = steps_of(scene.runner), scene.mailbox.publish
+
+    def logged_publish(events: StepEvents) -> None:
+        log.append(f"publish {events.step}")
+        publish(events)
+
+    scene.mailbox.publish = logged_publish  # type: ignore[method-assign]
+    scene.submit(0, max_tokens=2)
+    scene.until_idle()
+    assert log == ["submit 0", "collect 0", "submit 1", "publish 0", "collect 1", "publish 1"]
+
+
+def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
+    """A GPU stood idle from the end of a step until its ids had been settled and the next step planned."""
+    scene = Scene(runner := DeepFakeRunner(LIMITS))
+    log = steps_of(runner)
     requests = [scene.submit(handle, max_tokens=3 + handle) for handle in range(2)]
     events = scene.until_idle()
     assert log[:6] == ["submit 0", "submit 1", "collect 0", "submit 2", "collect 1", "submit 3"]
@@ -122,9 +117,8 @@ def test_a_runner_that_takes_two_steps_always_has_the_next_one() -> None:
 def test_steps_of_a_trial_are_alone_in_flight() -> None:
     """The last step of a trial had a step of everybody behind it: who brought the core down could not be told."""
     scene = Scene(runner := DeepFakeRunner(LIMITS))
-    log: list[str] = []
-    plan_step, submit, collect = scene.loop.scheduler.plan, runner.submit, runner.collect
-    trials: set[int] = set()
+    log = steps_of(runner)
+    plan_step, trials = scene.loop.scheduler.plan, set[int]()
 
     def noted_plan(now_s: float) -> StepPlan | None:
         is_trial = scene.loop.scheduler.accused is not None
@@ -133,17 +127,7 @@ def test_steps_of_a_trial_are_alone_in_flight() -> None:
             trials.add(plan.step)
         return plan
 
-    def logged_submit(plan: StepPlan) -> None:
-        log.append(f"submit {plan.step}")
-        submit(plan)
-
-    def logged_collect() -> StepResult:
-        result = collect()
-        log.append(f"collect {result.step}")
-        return result
-
     scene.loop.scheduler.plan = noted_plan  # type: ignore[method-assign]
-    runner.submit, runner.collect = logged_submit, logged_collect  # type: ignore[method-assign]
     scene.submit(0, max_tokens=9)
     accused = Request(handle=1, prompt_ids=(4, 5), sampling=SamplingParams(max_tokens=6), trial_tokens=3)
     scene.mailbox.send(Submit(accused))
