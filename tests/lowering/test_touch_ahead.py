@@ -46,6 +46,9 @@ def test_the_next_blocks_are_resident_and_the_rest_is_not(arrays: list[NDArray[n
     whole at the start took all the memory it might ever use."""
     touching = TouchAhead(arrays, ahead_bytes=2 * AHEAD)
     try:
+        time.sleep(0.05)
+        assert max(map(resident_bytes, arrays)) <= PIECE, "nothing is in use yet"
+        touching.reach(-1)
         assert all(AHEAD <= size <= AHEAD + 2 * PIECE for size in settled(arrays, AHEAD))
         touching.reach(199)
         wanted = 200 * BLOCK + AHEAD * 3 // 4
