@@ -43,7 +43,7 @@ class DeviceRows:
         self, *, max_num_seqs: int, max_num_tokens: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
         """`max_num_tokens`: the most that a step has."""
-        self.num_rows, self.stride_tokens, self.block_size = max_num_seqs, max_model_len, block_size
+        self.stride_tokens, self.block_size = max_model_len, block_size
         self.stride_tables = -(-max_model_len // block_size)
         num_tokens, num_tables = max_num_seqs * self.stride_tokens, max_num_seqs * self.stride_tables
         self.tables_at = num_tokens
