@@ -3,7 +3,7 @@
 #   docker run --rm -p 8000-8002:8000-8002 --shm-size 1g pageflight                                the demo model
 #   docker run … -v "$PWD/repositories:/repositories" pageflight serve /repositories/mine          one of your own
 #
-# --build-arg EXTRA=gpu adds torch with CUDA.
+# --build-arg EXTRA=gpu adds torch with CUDA, EXTRA=gpu,tensorrt TensorRT for RTX as well; then docker run --gpus all …
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
 
 FROM ${TRITON_IMAGE} AS install
@@ -17,6 +17,10 @@ COPY scripts scripts
 RUN scripts/install ${EXTRA}
 
 FROM ${TRITON_IMAGE}
+ARG EXTRA=
+# Kernels are launched through a C module that is compiled where they run.
+RUN if [ -n "${EXTRA}" ]; then apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=install /opt/pageflight /opt/pageflight
 RUN id -u pageflight >/dev/null 2>&1 || useradd --system --create-home --user-group pageflight \
     && mkdir -p /repositories && chown pageflight:pageflight /repositories
