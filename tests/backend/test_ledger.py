@@ -148,7 +148,11 @@ def test_senders_that_are_not_triton_s_are_counted_only(ledger: Ledger, page: Pa
     assert page.num_open() == 0
 
 
-@pytest.mark.parametrize("value", [os.getpid(), str(os.getpid()), "", True, None, "0" * 64, "\udc80"])
+@pytest.mark.parametrize(
+    "value",
+    [os.getpid(), str(os.getpid()), "", True, None, "0" * 64, "\udc80"],
+    ids=["a pid", "its digits", "nothing", "a flag", "null", "zeros", "no text"],  # the pid differs between processes
+)
 @pytest.mark.parametrize("is_alive", [True, False])
 def test_nobody_without_the_secret_ends_requests(
     page: Page, value: object, is_alive: bool, monkeypatch: pytest.MonkeyPatch
