@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.engine_dir import open_engine
-from pageflight.lowering.tensorrt_model import SegmentModel, TensorRtSegments
+from pageflight.lowering.tensorrt_model import SegmentModel
 from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.quant.int4 import unpack_int4
@@ -28,6 +27,7 @@ class WalkedSegments:
     def __init__(self, walked: WalkedModel) -> None:
         self._walked = walked
         self.profiles: list[int] = []
+        self.saved = 0
 
     def run(self, segment: str, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping) -> None:
         self.profiles.append(profile)
@@ -41,6 +41,9 @@ class WalkedSegments:
         assert made.keys() == outputs.keys()
         for name, tensor in made.items():
             outputs[name].copy_(tensor)
+
+    def save(self) -> None:
+        self.saved += 1
 
 
 def segment_driver(workshop, shape, dtype="fp32", group_size=0):
@@ -85,23 +88,10 @@ def test_a_step_beyond_the_profiles_is_named(workshop, random_ids):
         driver.step({"a": random_ids(129, 1)})
 
 
-def test_an_engine_that_the_card_does_not_take_is_named(tmp_path, monkeypatch):
-    """RTX engines for other compute capabilities: no traceback, but what is wrong and where."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    (tmp_path / "first.engine").write_bytes(b"x")
-    fake = SimpleNamespace(
-        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None}),
-        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda data: None),
-    )
-    plan = SimpleNamespace(flavor="rtx", segments=[SimpleNamespace(name="first", file="first.engine", inputs=())])
-    with pytest.raises(ConfigError, match=r"first\.engine: rtx TensorRT does not take it on Some GPU"):
-        TensorRtSegments(fake, tmp_path, plan)  # type: ignore[arg-type]
-
-
-def test_the_calls_that_run_a_segment_are_tensorrts() -> None:
-    """A name that the package does not have would show on a GPU only."""
-    for name in ("create_execution_context", "num_optimization_profiles"):
-        assert hasattr(trt.ICudaEngine, name)
-    calls = ("set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3")
-    assert all(hasattr(trt.IExecutionContext, name) for name in calls)
-    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+def test_what_was_compiled_is_kept_after_the_warm_up_and_at_the_end(workshop):
+    """It was kept at the end only: a server that was killed began every time with compiling."""
+    driver, segments = segment_driver(workshop, "gqa")
+    driver.model.model.warmed_up()
+    assert segments.saved == 1
+    driver.model.model.close()
+    assert segments.saved == 2

@@ -67,6 +67,7 @@ def load_on_gpu(
     )
     if device.type == "cuda":
         runner.warm_up(scheduler.max_num_tokens)
+        model.warmed_up()
     return runner, capacity
 
 
