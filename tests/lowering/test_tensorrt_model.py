@@ -8,39 +8,30 @@ import numpy as np
 import pytest
 import tensorrt_rtx as trt
 import torch
+from perf.gpu_check.network_walk import WalkedSegments
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_model import SegmentModel
 from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
 from pageflight.lowering.torch_lowering import TorchLowering
-from pageflight.quant.int4 import unpack_int4
 
 from .conftest import Driver
 from .test_device_model import HostDriven
 from .walked_model import WalkedModel
 
 
-class WalkedSegments:
-    """Computes what the networks say, from the tensors that engines would be given."""
+class NotedSegments(WalkedSegments):
+    """Notes which profiles are asked for."""
 
     def __init__(self, walked: WalkedModel) -> None:
-        self._walked = walked
+        super().__init__(walked.walks, walked.segments)
         self.profiles: list[int] = []
         self.saved = 0
 
     def run(self, segment: str, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping) -> None:
         self.profiles.append(profile)
-        given = {}
-        for spec in self._walked.segments[segment].inputs:
-            tensor = inputs[spec.name]
-            if spec.dtype == "int4":
-                tensor = torch.from_numpy(unpack_int4(tensor.numpy()))
-            given[spec.name] = tensor if any(isinstance(size, str) for size in spec.shape) else tensor.view(spec.shape)
-        made = self._walked._walks[segment](given)
-        assert made.keys() == outputs.keys()
-        for name, tensor in made.items():
-            outputs[name].copy_(tensor)
+        super().run(segment, profile, inputs, outputs)
 
     def save(self) -> None:
         self.saved += 1
@@ -59,7 +50,7 @@ def segment_driver(workshop, shape, dtype="fp32", group_size=0):
         segments=tuple(walked.segments.values()),
         runs=walked.runs,
     )
-    segments = WalkedSegments(walked)
+    segments = NotedSegments(walked)
     model = SegmentModel(engine, plan, segments, torch.device("cpu"))
     driver = Driver(HostDriven(model))
     model.blocks.allocate(driver.num_blocks)

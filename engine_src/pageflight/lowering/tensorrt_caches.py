@@ -43,7 +43,7 @@ def runtime_path(fingerprint: Mapping[str, str], engine_hashes: list[str], gpu: 
 
 
 def read_cache(path: Path) -> bytes:
-    """What `write_cache` was given; nothing where there is no file, and, with a line in the log, where it is damaged."""
+    """What `write_cache` was given; nothing where there is none and, with a line in the log, where it is damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -99,7 +99,7 @@ class TimingCache:
 
 
 class RuntimeCache:
-    """Kernels that the RTX flavor compiled for this GPU, shared by all engines of a process and kept for the next one."""
+    """Kernels that the RTX flavor compiled for this GPU: all engines of a process share them, and the next one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -58,7 +58,7 @@ class TensorRtSegments:
         for segment in plan.segments:
             engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
             if engine is None:
-                gpu = torch.cuda.get_device_name()
+                gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "a processor"
                 made_for = ",".join(map(str, plan.compute_capabilities)) or "all that it knows"
                 raise ConfigError(
                     f"{folder / segment.file}: {plan.flavor} TensorRT {trt.__version__} does not take it on {gpu}"

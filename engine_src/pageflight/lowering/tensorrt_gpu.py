@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -26,7 +27,7 @@ def find_gpu(index: int = 0) -> Gpu | None:
         return None
     device, major, minor, driver = (ctypes.c_int() for _ in range(4))
     name = ctypes.create_string_buffer(_NAME_BYTES)
-    calls = (
+    calls: tuple[Callable[[], int], ...] = (
         lambda: cuda.cuInit(0),
         lambda: cuda.cuDeviceGet(ctypes.byref(device), index),
         lambda: cuda.cuDeviceGetName(name, _NAME_BYTES, device),

@@ -21,10 +21,10 @@ from pageflight.lowering.engine_dir import EngineDir
 from pageflight.lowering.tensorrt_caches import RuntimeCache, runtime_path
 from pageflight.lowering.tensorrt_engines import TensorRtSegments
 from pageflight.lowering.tensorrt_gpu import find_gpu
+from pageflight.lowering.tensorrt_ops import StoredTensors
 from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Segment, TensorSpec
 from pageflight.lowering.tensorrt_target import import_flavor
 from pageflight.models.rope import rope_tables
-from pageflight.quant.store import WeightStore
 
 TYPES = {
     "fp32": torch.float32,
@@ -66,7 +66,7 @@ class SegmentModel(DeviceModel):
         self._zeros = torch.zeros(1, half, device=device).expand(manifest.max_model_len, half)
         self._weights = [
             {
-                spec.name: _weight(engine.weights, run.weights[spec.name], spec, device)
+                spec.name: load_weight(engine.weights, run.weights[spec.name], spec, device)
                 for spec in self._segments[run.segment].inputs
                 if spec.kind == "weight"
             }
@@ -129,9 +129,18 @@ class SegmentModel(DeviceModel):
         )
 
 
-def load_segments(engine: EngineDir, folder: Path, device: torch.device) -> SegmentModel:
-    """An engine directory onto a GPU. Raises ConfigError where its TensorRT is not here or does not take the card."""
+def load_segments(
+    engine: EngineDir, folder: Path, device: torch.device, segments: Segments | None = None
+) -> SegmentModel:
+    """An engine directory onto a GPU; `segments` carries out its engines, by default TensorRT.
+
+    Raises ConfigError where its TensorRT is not here or does not take the card.
+    """
     plan = EnginePlan.read(folder)
+    return SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
+
+
+def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:
     trt = import_flavor(plan.flavor)
     gpu = find_gpu(device.index or 0)
     kernels = None
@@ -139,14 +148,14 @@ def load_segments(engine: EngineDir, folder: Path, device: torch.device) -> Segm
         files = {segment.file for segment in plan.segments}
         hashes = [record.sha256 for record in engine.manifest.files if record.path in files]
         kernels = RuntimeCache(runtime_path(engine.manifest.fingerprint, hashes, gpu))
-    return SegmentModel(engine, plan, TensorRtSegments(trt, folder, plan, device, kernels=kernels), device)
+    return TensorRtSegments(trt, folder, plan, device, kernels=kernels)
 
 
 def _takes(profile: Profile, num_tokens: int, num_rows: int) -> bool:
     return profile.min_tokens <= num_tokens <= profile.max_tokens and num_rows <= profile.max_rows
 
 
-def _weight(store: WeightStore, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
+def load_weight(store: StoredTensors, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
     """As the file has it, in the shape that the engine wants: int4 stays two in a byte."""
     tensor = torch.from_numpy(store.tensor(name).copy())
     if tensor.dtype != TYPES[spec.dtype] and tensor.dtype.itemsize == TYPES[spec.dtype].itemsize:
