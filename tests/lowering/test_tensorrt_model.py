@@ -12,7 +12,7 @@ from perf.gpu_check.network_walk import WalkedSegments
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.engine_dir import open_engine
-from pageflight.lowering.tensorrt_model import SegmentModel
+from pageflight.lowering.tensorrt_model import SegmentModel, load_segments
 from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
 from pageflight.lowering.torch_lowering import TorchLowering
 
@@ -86,3 +86,17 @@ def test_what_was_compiled_is_kept_after_the_warm_up_and_at_the_end(workshop):
     assert segments.saved == 1
     driver.model.model.close()
     assert segments.saved == 2
+
+
+def test_engines_that_load_and_do_not_run_are_found_out_while_loading(workshop, monkeypatch):
+    """A card for which kernels are compiled at the first step only: the first request would have met the refusal."""
+    driver, segments = segment_driver(workshop, "gqa")
+    folder = workshop.engine("gqa", TorchLowering(), "fp32", "fp32")
+    driver.model.model._plan.write(folder)
+
+    def refuse(model, num_tokens, num_rows):
+        raise RuntimeError("TensorRT could not run segment first: no kernels for SM90")
+
+    monkeypatch.setattr(SegmentModel, "pass_bytes", refuse)
+    with pytest.raises(ConfigError, match="rtx TensorRT cannot run it here: .* no kernels for SM90"):
+        load_segments(open_engine(folder, "torch"), folder, torch.device("cpu"), segments)

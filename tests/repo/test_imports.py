@@ -66,6 +66,7 @@ IN_PROCESS = {
     "tensorrt_checks.py",
     "tensorrt_flavors.py",
     "tensorrt_models.py",
+    "tensorrt_networks.py",
     "tensorrt_segments.py",
     "virtual_engine.py",
 }

@@ -134,10 +134,15 @@ def load_segments(
 ) -> SegmentModel:
     """An engine directory onto a GPU; `segments` carries out its engines, by default TensorRT.
 
-    Raises ConfigError where its TensorRT is not here or does not take the card.
+    Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them.
     """
     plan = EnginePlan.read(folder)
-    return SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
+    model = SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
+    try:
+        model.pass_bytes(1, 1)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
+    return model
 
 
 def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:
