@@ -1,7 +1,7 @@
 """Our networks for polygraphy: every segment in every precision, by name.
 
-    POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert perf/tensorrt_networks.py:mid_fp8 --model-type trt-network-script \\
-        --convert-to trt --compute-capabilities 8.9 12.0 -o mid.engine
+    POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert perf/tensorrt_networks.py:mid_fp8 \\
+        --model-type trt-network-script --convert-to trt --compute-capabilities 8.9 12.0 -o mid.engine
     POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy inspect model perf/tensorrt_networks.py:last_int4 \\
         --model-type trt-network-script --show layers
 
@@ -17,14 +17,14 @@ from typing import Any
 
 import tensorrt_rtx
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "engine_src")]
-sys.modules.setdefault("tensorrt", tensorrt_rtx)  # polygraphy 0.53.6 asks for it by name when it prints a network
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `perf` is not installed, and polygraphy runs this file
 
 from pageflight.lowering.tensorrt_build import Networks, lower
 from pageflight.lowering.tensorrt_lowering import TensorRtLowering
 from pageflight.quant.forms import DTYPES, default_group_size, weight_forms
 from perf.gpu_check.tensorrt_models import SMALL
 
+sys.modules.setdefault("tensorrt", tensorrt_rtx)  # polygraphy 0.53.6 asks for it by name when it prints a network
 _SEGMENTS = ("first", "mid", "last")
 _kept: list[Networks] = []  # a network is gone when its builder is
 

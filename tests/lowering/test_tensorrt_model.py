@@ -98,5 +98,5 @@ def test_engines_that_load_and_do_not_run_are_found_out_while_loading(workshop, 
         raise RuntimeError("TensorRT could not run segment first: no kernels for SM90")
 
     monkeypatch.setattr(SegmentModel, "pass_bytes", refuse)
-    with pytest.raises(ConfigError, match="rtx TensorRT cannot run it here: .* no kernels for SM90"):
+    with pytest.raises(ConfigError, match=r"rtx TensorRT cannot run it here: .* no kernels for SM90"):
         load_segments(open_engine(folder, "torch"), folder, torch.device("cpu"), segments)
