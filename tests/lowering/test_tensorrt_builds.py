@@ -52,6 +52,20 @@ def test_every_segment_of_every_precision_builds(case):
     assert all(size > 10_000 for size in sizes.values()), sizes
 
 
+@pytest.mark.parametrize("case", ["fp8", "fp8 static", "int8", "int8 static"])
+def test_scales_of_layers_that_quantise_are_constants(case):
+    """TensorRT's references say so; RTX built them as inputs all the same, and the other flavor may not."""
+    made = networks(*CASES[case])
+    counted = 0
+    for network in made.segments.values():
+        for index in range(network.definition.num_layers):
+            layer = network.definition.get_layer(index)
+            if layer.type in (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE):
+                assert layer.get_input(1).name in network.arrays, layer.get_input(1).name
+                counted += 1
+    assert counted >= 5, "a product of every matrix dequantises it"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
