@@ -90,6 +90,16 @@ def test_a_builder_that_cannot_says_why():
         build_network(trt, made, "mid", TensorRtTarget(compute_capabilities=(80,)), profiles(1, 16))
 
 
+def test_a_full_builder_that_refuses_scales_of_groups_is_told_of_the_way_out():
+    """Its references allow constants only; with the weights in the engine they are."""
+    target = TensorRtTarget(flavor="full", compute_capabilities=(75,))
+    with pytest.raises(ConfigError, match=r"scales of groups are inputs here.*--weights constant has none"):
+        build_network(trt, networks("int4", 64), "mid", target, profiles(1, 16))
+    with pytest.raises(ConfigError) as refused:
+        build_network(trt, networks("fp8"), "mid", target, profiles(1, 16))
+    assert "--weights constant" not in str(refused.value)
+
+
 def test_a_package_without_the_gpu_it_wants_says_so(monkeypatch):
     """Its constructor gave nothing, and Python said so: factory function returned nullptr."""
 

@@ -99,6 +99,10 @@ def build_network(
     engine = networks.builder.build_serialized_network(network.definition, settings)
     if engine is None:
         reasons = "; ".join(networks.log.errors[:_SHOWN_ERRORS]) or "it gave no reason"
+        if target.flavor == "full" and any(
+            spec.name.endswith(".scale") and len(spec.shape) == 2 for spec in network.inputs
+        ):
+            reasons += "; scales of groups are inputs here, which not every TensorRT takes: --weights constant has none"
         raise ConfigError(f"{trt.__name__} {trt.__version__} cannot build segment {name!r}: {reasons}")
     if timings is not None:
         timings.take(settings)
