@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from pathlib import Path
 
 import pytest
 import tensorrt_rtx as trt
@@ -195,14 +194,14 @@ def test_caches_of_other_gpus_drivers_and_engines_have_other_names(folder):
 
 
 @pytest.mark.parametrize("given", [None, "relative"])
-def test_without_a_folder_of_its_own_the_cache_is_in_the_home(monkeypatch, given):
+def test_without_a_folder_of_its_own_the_cache_is_in_the_home(monkeypatch, tmp_path, given):
     """A relative $XDG_CACHE_HOME counts as none: it would be another folder for every start."""
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", str(tmp_path))
     if given is None:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert cache_folder() == Path("/home/someone/.cache/pageflight/tensorrt")
+    assert cache_folder() == tmp_path / ".cache" / "pageflight" / "tensorrt"
 
 
 def test_an_engine_that_the_card_does_not_take_is_named(folder):
