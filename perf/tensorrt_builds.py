@@ -14,12 +14,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `perf` is not installed, and this may run as a script
 
@@ -27,60 +24,30 @@ from pageflight.lowering.tensorrt_build import build_network, lower
 from pageflight.lowering.tensorrt_lowering import TensorRtLowering
 from pageflight.lowering.tensorrt_plan import profiles
 from pageflight.lowering.tensorrt_target import WEIGHTS, TensorRtTarget, import_flavor
-from pageflight.models.config import DecoderConfig
 from pageflight.models.safetensors_file import DTYPES
-from pageflight.quant.forms import WeightForm, default_group_size, weight_forms
+from pageflight.quant.forms import default_group_size, weight_forms
 from pageflight_build.options import parse_capabilities
 from perf import figures
+from perf.gpu_check.tensorrt_models import LAYER, RandomTensors
 
-LLAMA_8B = DecoderConfig(
-    family="llama",
-    vocab_size=256,  # of no account between two attentions; 128,256 would be 1 GB of tables here
-    hidden_size=4096,
-    num_layers=2,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-    max_positions=8192,
-    rms_norm_eps=1e-5,
-)
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 MAX_NUM_SEQS, MAX_NUM_TOKENS = 256, 8192
-
-
-class RandomWeights:
-    """Made when they are asked for: repeated noise, for the builder looks at sizes."""
-
-    def __init__(self, forms: Mapping[str, WeightForm]) -> None:
-        self._layout = {name: entry for key, form in forms.items() for name, entry in form.tensors(key).items()}
-        random = np.random.default_rng(0)
-        self._codes = random.integers(0, 0x7F, 1 << 20, dtype=np.uint8)  # no NaN in any format
-        self._numbers = random.uniform(0.01, 0.02, 1 << 20).astype(np.float32)
-
-    def tensor(self, name: str) -> NDArray[Any]:
-        dtype, shape = self._layout[name]
-        if dtype == "BF16":
-            source: NDArray[Any] = self._numbers.view(np.uint16)[1::2]
-        else:
-            source = self._numbers if dtype in ("F32", "F16") else self._codes
-        return np.resize(source.astype(DTYPES[dtype]), shape)
 
 
 def measure(dtype: str, target: TensorRtTarget, repeat: int) -> figures.Record:
     """Build the segment of `dtype` and say what came of it."""
     trt = import_flavor(target.flavor)
     lowering = TensorRtLowering(target)
-    lowering.check(LLAMA_8B, dtype, lowering.default_kv_dtype(dtype))
-    group_size = default_group_size(LLAMA_8B, dtype)
-    forms = weight_forms(LLAMA_8B, dtype, group_size)
-    constants = RandomWeights(forms) if target.weights == "constant" else None
+    lowering.check(LAYER, dtype, lowering.default_kv_dtype(dtype))
+    group_size = default_group_size(LAYER, dtype)
+    forms = weight_forms(LAYER, dtype, group_size)
+    constants = RandomTensors(forms) if target.weights == "constant" else None
     networks = lower(
         trt,
-        LLAMA_8B,
+        LAYER,
         forms,
         activations=lowering.activations(dtype),
-        num_positions=LLAMA_8B.max_positions,
+        num_positions=LAYER.max_positions,
         constants=constants,
     )
     steps, name = profiles(target.max_num_seqs, target.max_num_tokens), list(networks.segments)[1]

@@ -23,12 +23,12 @@ if "cpu" in sys.argv:
 
 import torch
 
-from perf.gpu_check import engine_checks
+from perf.gpu_check import engine_checks, tensorrt_checks, tensorrt_segments
 from perf.gpu_check.card import Card, Record
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
-from perf.gpu_check.tensorrt_checks import tensorrt
+from perf.gpu_check.tensorrt_flavors import in_folder
 
 BATCHES = (1, 8, 32, 128, 256)
 LOADS = (
@@ -65,7 +65,22 @@ class Parts:
         return self._throughput("bf16")
 
     def tensorrt(self) -> Iterable[Record]:
-        return tensorrt(self._card)
+        return in_folder(tensorrt_checks.answers, self._card)
+
+    def tensorrt_segments(self) -> Iterable[Record]:
+        return in_folder(tensorrt_segments.segments, self._card, "input")
+
+    def tensorrt_constants(self) -> Iterable[Record]:
+        return in_folder(tensorrt_segments.segments, self._card, "constant")
+
+    def tensorrt_graphs(self) -> Iterable[Record]:
+        return in_folder(tensorrt_checks.graphs, self._card)
+
+    def tensorrt_layer(self) -> Iterable[Record]:
+        return in_folder(tensorrt_segments.layers, self._card, "input")
+
+    def tensorrt_layer_constants(self) -> Iterable[Record]:
+        return in_folder(tensorrt_segments.layers, self._card, "constant")
 
     def _throughput(self, dtype: str) -> Iterable[Record]:
         loads, rows, tokens = (TINY_LOADS, 4, 16) if self._is_tiny else (LOADS, 512, 4096)

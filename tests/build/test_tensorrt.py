@@ -6,20 +6,25 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import tensorrt_rtx
 from safetensors.numpy import load_file, save_file
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
-from pageflight.lowering import registry
+from pageflight.lowering import registry, tensorrt_build, tensorrt_lowering
+from pageflight.lowering.tensorrt_caches import TimingCache, read_cache, timing_path
+from pageflight.lowering.tensorrt_gpu import Gpu
 from pageflight.lowering.tensorrt_plan import EnginePlan
 from pageflight.models.safetensors_file import SafetensorsFile
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.recipe import build
 
-ENGINE = EngineOptions(engine="tensorrt", dtype="fp8", compute_capability=(89, 120), max_model_len=64)
+ENGINE = EngineOptions(engine="tensorrt", dtype="fp8", compute_capability=(89,), max_model_len=64)
+FULL = replace(ENGINE, flavor="full", dtype="bf16", compute_capability=())
 SERVING = ServingOptions(max_num_seqs=4, max_num_tokens=32)
 
 
@@ -35,7 +40,7 @@ def options(checkpoint: Path, repository: Path, engine: EngineOptions = ENGINE, 
 
 def test_engines_their_plan_and_the_manifest_are_written(checkpoint: Path, tmp_path: Path) -> None:
     """Everything that a program with a GPU needs is in the folder, and the manifest answers for every file."""
-    result = build(options(checkpoint, tmp_path / "repo"))
+    result = build(options(checkpoint, tmp_path / "repo", replace(ENGINE, compute_capability=(89, 120))))
     manifest, plan = EngineManifest.read(result.engine_dir), EnginePlan.read(result.engine_dir)
     assert (manifest.lowering, manifest.dtype, manifest.kv_dtype) == ("tensorrt", "fp8", "bf16")
     assert manifest.fingerprint["compute_capabilities"] == "89,120" and manifest.fingerprint["activations"] == "bf16"
@@ -74,8 +79,13 @@ def test_constant_weights_make_an_engine_of_every_layer(checkpoint: Path, tmp_pa
     assert [run.segment for run in inside.runs] == ["first", "mid1", "last"]
 
 
-@pytest.mark.parametrize("changed", ["nothing", "queue", "batch", "capability", "weights"])
-def test_what_is_unchanged_is_reused(checkpoint: Path, tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize(
+    "changed", ["nothing", "queue", "batch", "capability", "form", "version", "flavor", "checkpoint"]
+)
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_what_is_unchanged_is_reused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
     """Every start built all engines again."""
     repository = tmp_path / "repo"
     first = build(options(checkpoint, repository))
@@ -86,17 +96,66 @@ def test_what_is_unchanged_is_reused(checkpoint: Path, tmp_path: Path, changed: 
     elif changed == "batch":
         serving = {"max_num_seqs": 8}
     elif changed == "capability":
-        engine = replace(ENGINE, compute_capability=(89,))
-    elif changed == "weights":
+        engine = replace(ENGINE, compute_capability=(120,))
+    elif changed == "form":
+        engine = replace(ENGINE, weights="constant")
+    elif changed == "version":
+        monkeypatch.setattr(tensorrt_rtx, "__version__", "1.8.0.1")
+    elif changed == "flavor":
+        full_flavor(monkeypatch, tmp_path, "NVIDIA H200")
+        engine = FULL
+    elif changed == "checkpoint":
         tensors = load_file(checkpoint / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.5)
         save_file(tensors, checkpoint / "model.safetensors")
     second = build(options(checkpoint, repository, engine, **serving))
-    kept = (second.engine_dir / "segments" / "mid.engine").stat().st_ino == inode
+    mid = second.engine_dir / "segments" / "mid.engine"
+    kept = mid.exists() and mid.stat().st_ino == inode
     assert kept == (changed in ("nothing", "queue"))
     assert second.reused == (changed == "nothing")
     if second.reused:
         assert second.seconds < 5
+
+
+def full_flavor(monkeypatch: pytest.MonkeyPatch, folder: Path, gpu_name: str | None) -> None:
+    """`tensorrt` as if it were here: the same builder under the other name, beside a GPU that is only said to be."""
+    package = ModuleType("tensorrt")
+    package.__dict__.update({name: value for name, value in vars(tensorrt_rtx).items() if name != "__name__"})
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    gpu = Gpu(name=gpu_name, capability=90, driver=13000) if gpu_name else None
+    for module in (tensorrt_build, tensorrt_lowering):
+        monkeypatch.setattr(module, "find_gpu", lambda: gpu)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "caches"))
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_the_full_flavor_keeps_its_timings_and_builds_anew_for_another_gpu(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It builds for the GPU it finds: a volume that moved to another card kept the old engines."""
+    full_flavor(monkeypatch, tmp_path, "NVIDIA H200")
+    given: list[bytes] = []
+    right = TimingCache.attach
+
+    def attach(cache: TimingCache, settings: object) -> None:
+        given.append(cache.data)
+        right(cache, settings)
+
+    monkeypatch.setattr(TimingCache, "attach", attach)
+    result = build(options(checkpoint, tmp_path / "repo", FULL))
+    assert result.manifest.fingerprint["compute_capabilities"] == "90 of NVIDIA H200"
+    assert "timing.cache" in {record.path for record in EngineManifest.read(result.engine_dir).files}
+    gpu = Gpu(name="NVIDIA H200", capability=90, driver=0)
+    kept = read_cache(timing_path("tensorrt", tensorrt_rtx.__version__, gpu))
+    assert kept and kept == (result.engine_dir / "timing.cache").read_bytes()
+    assert given == [b"", kept, kept]
+    assert build(options(checkpoint, tmp_path / "repo", FULL)).reused
+    full_flavor(monkeypatch, tmp_path, "NVIDIA B200")
+    assert not build(options(checkpoint, tmp_path / "repo", FULL)).reused
+    assert given[3] == b"", "the timings of the other card"
+    full_flavor(monkeypatch, tmp_path, None)
+    with pytest.raises(ConfigError, match="flavor='full' builds for the GPU of this machine, and there is none"):
+        build(options(checkpoint, tmp_path / "elsewhere", FULL))
 
 
 def test_without_a_gpu_loading_says_so(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +174,7 @@ def test_without_a_gpu_loading_says_so(checkpoint: Path, tmp_path: Path, monkeyp
     [
         (replace(ENGINE, compute_capability=(90,)), {}, "compute_capability=90"),
         (replace(ENGINE, kv_dtype="fp32"), {}, "kv_dtype='fp32'"),
-        (replace(ENGINE, flavor="full", compute_capability=()), {}, "flavor='full' needs the package tensorrt"),
+        (FULL, {}, "flavor='full' needs the package tensorrt"),
         (ENGINE, {"deterministic": True}, "deterministic=True"),
     ],
 )

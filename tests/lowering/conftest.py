@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.checkpoint import open_checkpoint
 from pageflight.quant.convert import convert
 from pageflight.quant.forms import weight_forms
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for perf, which is not installed
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BASE: dict[str, Any] = {

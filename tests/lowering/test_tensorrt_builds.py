@@ -52,6 +52,20 @@ def test_every_segment_of_every_precision_builds(case):
     assert all(size > 10_000 for size in sizes.values()), sizes
 
 
+@pytest.mark.parametrize("case", ["fp8", "fp8 static", "int8", "int8 static"])
+def test_scales_of_layers_that_quantise_are_constants(case):
+    """TensorRT's references say so; RTX built them as inputs all the same, and the other flavor may not."""
+    made = networks(*CASES[case])
+    counted = 0
+    for network in made.segments.values():
+        for index in range(network.definition.num_layers):
+            layer = network.definition.get_layer(index)
+            if layer.type in (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE):
+                assert layer.get_input(1).name in network.arrays, layer.get_input(1).name
+                counted += 1
+    assert counted >= 5, "a product of every matrix dequantises it"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -74,6 +88,16 @@ def test_a_builder_that_cannot_says_why():
     made = networks("fp8")
     with pytest.raises(ConfigError, match=r"cannot build segment 'mid': .*fp8"):
         build_network(trt, made, "mid", TensorRtTarget(compute_capabilities=(80,)), profiles(1, 16))
+
+
+def test_a_full_builder_that_refuses_scales_of_groups_is_told_of_the_way_out():
+    """Its references allow constants only; with the weights in the engine they are."""
+    target = TensorRtTarget(flavor="full", compute_capabilities=(75,))
+    with pytest.raises(ConfigError, match=r"scales of groups are inputs here.*--weights constant has none"):
+        build_network(trt, networks("int4", 64), "mid", target, profiles(1, 16))
+    with pytest.raises(ConfigError) as refused:
+        build_network(trt, networks("fp8"), "mid", target, profiles(1, 16))
+    assert "--weights constant" not in str(refused.value)
 
 
 def test_a_package_without_the_gpu_it_wants_says_so(monkeypatch):

@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorrt_rtx as trt
 import torch
+from perf.gpu_check.network_walk import WalkedSegments
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.engine_dir import open_engine
-from pageflight.lowering.tensorrt_model import SegmentModel, TensorRtSegments
+from pageflight.lowering.tensorrt_model import SegmentModel, load_segments
 from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
 from pageflight.lowering.torch_lowering import TorchLowering
-from pageflight.quant.int4 import unpack_int4
 
 from .conftest import Driver
 from .test_device_model import HostDriven
 from .walked_model import WalkedModel
 
 
-class WalkedSegments:
-    """Computes what the networks say, from the tensors that engines would be given."""
+class NotedSegments(WalkedSegments):
+    """Notes which profiles are asked for."""
 
     def __init__(self, walked: WalkedModel) -> None:
-        self._walked = walked
+        super().__init__(walked.walks, walked.segments)
         self.profiles: list[int] = []
+        self.saved = 0
 
     def run(self, segment: str, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping) -> None:
         self.profiles.append(profile)
-        given = {}
-        for spec in self._walked.segments[segment].inputs:
-            tensor = inputs[spec.name]
-            if spec.dtype == "int4":
-                tensor = torch.from_numpy(unpack_int4(tensor.numpy()))
-            given[spec.name] = tensor if any(isinstance(size, str) for size in spec.shape) else tensor.view(spec.shape)
-        made = self._walked._walks[segment](given)
-        assert made.keys() == outputs.keys()
-        for name, tensor in made.items():
-            outputs[name].copy_(tensor)
+        super().run(segment, profile, inputs, outputs)
+
+    def save(self) -> None:
+        self.saved += 1
 
 
 def segment_driver(workshop, shape, dtype="fp32", group_size=0):
@@ -56,7 +50,7 @@ def segment_driver(workshop, shape, dtype="fp32", group_size=0):
         segments=tuple(walked.segments.values()),
         runs=walked.runs,
     )
-    segments = WalkedSegments(walked)
+    segments = NotedSegments(walked)
     model = SegmentModel(engine, plan, segments, torch.device("cpu"))
     driver = Driver(HostDriven(model))
     model.blocks.allocate(driver.num_blocks)
@@ -85,23 +79,24 @@ def test_a_step_beyond_the_profiles_is_named(workshop, random_ids):
         driver.step({"a": random_ids(129, 1)})
 
 
-def test_an_engine_that_the_card_does_not_take_is_named(tmp_path, monkeypatch):
-    """RTX engines for other compute capabilities: no traceback, but what is wrong and where."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    (tmp_path / "first.engine").write_bytes(b"x")
-    fake = SimpleNamespace(
-        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None}),
-        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda data: None),
-    )
-    plan = SimpleNamespace(flavor="rtx", segments=[SimpleNamespace(name="first", file="first.engine", inputs=())])
-    with pytest.raises(ConfigError, match=r"first\.engine: rtx TensorRT does not take it on Some GPU"):
-        TensorRtSegments(fake, tmp_path, plan)  # type: ignore[arg-type]
+def test_what_was_compiled_is_kept_after_the_warm_up_and_at_the_end(workshop):
+    """It was kept at the end only: a server that was killed began every time with compiling."""
+    driver, segments = segment_driver(workshop, "gqa")
+    driver.model.model.warmed_up()
+    assert segments.saved == 1
+    driver.model.model.close()
+    assert segments.saved == 2
 
 
-def test_the_calls_that_run_a_segment_are_tensorrts() -> None:
-    """A name that the package does not have would show on a GPU only."""
-    for name in ("create_execution_context", "num_optimization_profiles"):
-        assert hasattr(trt.ICudaEngine, name)
-    calls = ("set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3")
-    assert all(hasattr(trt.IExecutionContext, name) for name in calls)
-    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+def test_engines_that_load_and_do_not_run_are_found_out_while_loading(workshop, monkeypatch):
+    """A card for which kernels are compiled at the first step only: the first request would have met the refusal."""
+    driver, segments = segment_driver(workshop, "gqa")
+    folder = workshop.engine("gqa", TorchLowering(), "fp32", "fp32")
+    driver.model.model._plan.write(folder)
+
+    def refuse(model, num_tokens, num_rows):
+        raise RuntimeError("TensorRT could not run segment first: no kernels for SM90")
+
+    monkeypatch.setattr(SegmentModel, "pass_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"rtx TensorRT cannot run it here: .* no kernels for SM90"):
+        load_segments(open_engine(folder, "torch"), folder, torch.device("cpu"), segments)

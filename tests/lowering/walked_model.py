@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from perf.gpu_check.network_walk import TORCH_TYPES, Walk, tensor_of
 
 from pageflight.lowering.base import StepInputs
 from pageflight.lowering.engine_dir import EngineDir
@@ -14,8 +15,6 @@ from pageflight.lowering.tensorrt_plan import Segment
 from pageflight.lowering.torch_cache import BlockCache
 from pageflight.lowering.torch_ops import EagerOps
 from pageflight.models.rope import rope_tables
-
-from .network_walk import TORCH_TYPES, Walk, tensor_of
 
 
 class WalkedModel:
@@ -39,7 +38,7 @@ class WalkedModel:
             name: Segment(name=name, file="", num_bytes=0, inputs=tuple(n.inputs), outputs=tuple(n.outputs))
             for name, n in self._networks.segments.items()
         }
-        self._walks = {name: Walk(trt, network) for name, network in self._networks.segments.items()}
+        self.walks = {name: Walk(trt, network) for name, network in self._networks.segments.items()}
         self.runs = tuple(plan_runs(config.num_layers, self.segments, store))
         half = config.head_dim // 2
         self._tables = {
@@ -69,7 +68,7 @@ class WalkedModel:
                     given[spec.name] = tensor_of(self._store.tensor(run.weights[spec.name]), spec.dtype, spec.shape)
                 else:
                     given[spec.name] = self._tables.get(spec.name, buffers.get(run.buffers.get(spec.name, "")))
-            for name, value in self._walks[run.segment](given).items():
+            for name, value in self.walks[run.segment](given).items():
                 buffers[run.buffers[name]] = value
             if run.attention >= 0:
                 q, k, v = buffers["q"], buffers["k"], buffers["v"]

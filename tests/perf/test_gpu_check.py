@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from perf.gpu_check import engine_checks, kernel_checks
+from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments
 from perf.gpu_check.card import Card
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
-from perf.gpu_check.tensorrt_checks import tensorrt
+from perf.gpu_check.network_walk import WalkedSegments
+from perf.gpu_check.tensorrt_flavors import in_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = Card(torch.device("cpu"))
@@ -39,11 +41,40 @@ def test_steps_and_throughput_are_measured(dtype: str) -> None:
     assert record["requests"] == 3 and record["out_tok_s"] > 0
 
 
-def test_every_tensorrt_package_gets_an_answer() -> None:
-    """One that is not installed is no failure, and no GPU no excuse for silence."""
-    records = tensorrt(CARD)
-    assert [record["name"] for record in records] == ["tensorrt rtx", "tensorrt full"]
-    assert all("reason" in record for record in records)
+def test_every_tensorrt_package_gets_an_answer_and_what_serves_instead() -> None:
+    """One that is not installed is no failure, and no GPU no excuse for silence: engines that nothing here can run were
+    really built and refused, and their weights gave the ids of our kernels."""
+    *answers, served = in_folder(tensorrt_checks.answers, CARD)
+    assert [record["name"] for record in answers] == ["tensorrt rtx", "tensorrt full"]
+    assert all("reason" in record for record in answers)
+    assert served["runs_on"] == "kernels" and "does not take it" in str(served["reason"])
+
+
+@pytest.mark.parametrize("form", ["input", "constant"])
+def test_right_segments_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Walked in place of engines they are as near to float64 as torch; a tenth more, and they are not."""
+    cases = ("fp32", "fp8", "int8 static", "int4")
+    records = list(in_folder(tensorrt_segments.segments, CARD, form, cases))
+    assert len(records) == 3 * len(cases) and all(record["error"] == record["torch"] for record in records)
+    assert all(0 < float(str(record["error"])) < 0.1 for record in records), "nothing was compared, or not with it"
+    right = WalkedSegments.run
+
+    def wrong(self: WalkedSegments, segment: str, profile: int, inputs: Any, outputs: Any) -> None:
+        right(self, segment, profile, inputs, outputs)
+        outputs[next(iter(outputs))].mul_(1.1)
+
+    monkeypatch.setattr(WalkedSegments, "run", wrong)
+    with pytest.raises(AssertionError, match=r"first: .* tokens: error"):
+        list(in_folder(tensorrt_segments.segments, CARD, form, cases))
+
+
+def test_layers_are_timed_and_captured_steps_compared() -> None:
+    (record,) = in_folder(tensorrt_segments.layers, CARD, "input", ("int4",))
+    assert float(str(record["us_1"])) > 0 and float(str(record["us_16"])) > 0
+    assert [record["name"] for record in in_folder(tensorrt_checks.graphs, CARD)] == [
+        "graphs rtx input",
+        "graphs rtx constant",
+    ]
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:

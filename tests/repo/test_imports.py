@@ -58,10 +58,16 @@ IN_PROCESS = {
     "inter_token.py",
     "kernel_checks.py",
     "models.py",
+    "network_walk.py",
     "prefix_cache.py",
     "responses.py",
     "survival.py",
     "tensorrt_builds.py",
+    "tensorrt_checks.py",
+    "tensorrt_flavors.py",
+    "tensorrt_models.py",
+    "tensorrt_networks.py",
+    "tensorrt_segments.py",
     "virtual_engine.py",
 }
 """Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""

@@ -68,6 +68,9 @@ class DeviceModel(ABC):
         self.blocks.free()
         return torch.cuda.max_memory_allocated(self.device) - before
 
+    def warmed_up(self) -> None:  # noqa: B027
+        """What steps launch has run once; a model that keeps what it compiled for the next start does so now."""
+
     def close(self) -> None:
         self.blocks.free()
 

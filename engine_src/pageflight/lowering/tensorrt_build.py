@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
+from pageflight.lowering.tensorrt_caches import TimingCache, timing_path
+from pageflight.lowering.tensorrt_gpu import find_gpu
 from pageflight.lowering.tensorrt_network import Network
 from pageflight.lowering.tensorrt_ops import StoredTensors, TensorRtOps, stored_name
 from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Run, Segment, profiles
-from pageflight.lowering.tensorrt_target import TensorRtTarget, import_flavor
+from pageflight.lowering.tensorrt_target import TensorRtTarget, collecting_log, import_flavor, package_of
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.weights import EMBED, HEAD
@@ -19,6 +21,8 @@ from pageflight.quant.forms import WeightForm
 from pageflight.quant.store import WeightStore
 
 ENGINE_FOLDER = "segments"
+TIMING_NAME = "timing.cache"
+"""The full flavor's timings, as TensorRT wrote them: a build elsewhere for the same kind of GPU can begin with them."""
 _SHOWN_ERRORS = 3
 
 Forms = Mapping[str, WeightForm]
@@ -47,7 +51,7 @@ def lower(
     Raises ManifestMismatch when weights are inputs and layers differ in the form of theirs, ConfigError when there is
     no builder here.
     """
-    log = _log(trt)
+    log = collecting_log(trt)
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError) as error:  # a builder that looks for its GPU, and finds none
@@ -70,11 +74,20 @@ def lower(
 
 
 def build_network(
-    trt: Any, networks: Networks, name: str, target: TensorRtTarget, steps: tuple[Profile, ...]
+    trt: Any,
+    networks: Networks,
+    name: str,
+    target: TensorRtTarget,
+    steps: tuple[Profile, ...],
+    timings: TimingCache | None = None,
 ) -> memoryview:
     """The serialised engine of one segment. Raises ConfigError with the builder's own words when it cannot be built."""
     network, settings = networks.segments[name], networks.builder.create_builder_config()
     settings.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what others are compared with: all of its bits count
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: what allocates by itself cannot be captured
+        settings.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if timings is not None:
+        timings.attach(settings)
     for step in steps:
         index = settings.add_optimization_profile(_profile(networks.builder, network, step))
         assert index >= 0, step
@@ -86,7 +99,13 @@ def build_network(
     engine = networks.builder.build_serialized_network(network.definition, settings)
     if engine is None:
         reasons = "; ".join(networks.log.errors[:_SHOWN_ERRORS]) or "it gave no reason"
+        if target.flavor == "full" and any(
+            spec.name.endswith(".scale") and len(spec.shape) == 2 for spec in network.inputs
+        ):
+            reasons += "; scales of groups are inputs here, which not every TensorRT takes: --weights constant has none"
         raise ConfigError(f"{trt.__name__} {trt.__version__} cannot build segment {name!r}: {reasons}")
+    if timings is not None:
+        timings.take(settings)
     return memoryview(engine).cast("B")  # a copy of one with its weights inside would be large
 
 
@@ -110,10 +129,12 @@ def build_engines(
         trt, config, store.forms, activations=activations, num_positions=num_positions, constants=constants
     )
     steps = profiles(target.max_num_seqs, target.max_num_tokens)
+    gpu = find_gpu() if target.flavor == "full" else None
+    timings = None if gpu is None else TimingCache(timing_path(package_of(target.flavor), trt.__version__, gpu))
     (folder / ENGINE_FOLDER).mkdir()
     segments = []
     for name, network in networks.segments.items():
-        engine = build_network(trt, networks, name, target, steps)
+        engine = build_network(trt, networks, name, target, steps, timings)
         file = f"{ENGINE_FOLDER}/{name}.engine"
         (folder / file).write_bytes(engine)
         segments.append(
@@ -126,6 +147,9 @@ def build_engines(
             )
         )
         advance(len(segments), len(networks.segments))
+    if timings is not None:
+        timings.save()
+        (folder / TIMING_NAME).write_bytes(timings.data)
     plan = EnginePlan(
         flavor=target.flavor,
         compute_capabilities=target.compute_capabilities,
@@ -184,18 +208,3 @@ def _profile(builder: Any, network: Network, step: Profile) -> Any:
             )
             profile.set_shape(spec.name, low, high, high)
     return profile
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors for the exception that follows them; the rest is of no use to anybody."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Log()

@@ -5,7 +5,6 @@ The RTX flavor builds them without a GPU; running them takes one.
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_build import build_engines
+from pageflight.lowering.tensorrt_gpu import find_gpu
 from pageflight.lowering.tensorrt_plan import EnginePlan
 from pageflight.lowering.tensorrt_target import TensorRtTarget, check_capabilities, import_flavor, package_of
 from pageflight.models.config import DecoderConfig
@@ -38,15 +38,22 @@ class TensorRtLowering:
     def fingerprint(self, dtype: str) -> dict[str, str]:
         """The package and GPUs that engines of `dtype` are built with and for.
 
-        Raises ConfigError for an unknown `dtype`, and when the package is not here.
+        Raises ConfigError for an unknown `dtype`, when the package is not here, and for flavor `full` without a GPU.
         """
         self._check_dtype(dtype)
         target = self._target
         trt = import_flavor(target.flavor)
-        capabilities = ",".join(map(str, target.compute_capabilities))
+        capabilities = ",".join(map(str, target.compute_capabilities)) or "any"
+        if target.flavor == "full":
+            gpu = find_gpu()
+            if gpu is None:
+                raise ConfigError(
+                    "flavor='full' builds for the GPU of this machine, and there is none; flavor 'rtx' needs none"
+                )
+            capabilities = f"{gpu.capability} of {gpu.name}"
         return {
             package_of(target.flavor): trt.__version__,
-            "compute_capabilities": capabilities or ("any" if target.flavor == "rtx" else "that of the builder's GPU"),
+            "compute_capabilities": capabilities,
             "activations": self.activations(dtype),
             "machine": platform.machine(),
         }
@@ -92,12 +99,7 @@ class TensorRtLowering:
 
     def missing_device(self) -> str:
         """Why engines cannot run here."""
-        try:
-            cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-            found = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-        except OSError:
-            found = False
-        if not found:
+        if find_gpu() is None:
             return "engine tensorrt needs an NVIDIA GPU and its driver, and there is none here"
         return "engine tensorrt runs beside torch and triton, and here is no torch with CUDA; install pageflight[gpu]"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from pageflight.core.errors import ConfigError
 from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.lowering.engine_dir import EngineDir
+from pageflight.lowering.tensorrt_caches import RuntimeCache, runtime_path
+from pageflight.lowering.tensorrt_engines import TensorRtSegments
+from pageflight.lowering.tensorrt_gpu import find_gpu
+from pageflight.lowering.tensorrt_ops import StoredTensors
 from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Segment, TensorSpec
 from pageflight.lowering.tensorrt_target import import_flavor
 from pageflight.models.rope import rope_tables
-from pageflight.quant.store import WeightStore
 
 TYPES = {
     "fp32": torch.float32,
@@ -39,6 +42,9 @@ class Segments(Protocol):
 
     def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute `outputs` from `inputs`, on the stream that is current; `profile` counts from 0."""
+
+    def save(self) -> None:
+        """Keep what was compiled for the next start."""
 
 
 class SegmentModel(DeviceModel):
@@ -60,7 +66,7 @@ class SegmentModel(DeviceModel):
         self._zeros = torch.zeros(1, half, device=device).expand(manifest.max_model_len, half)
         self._weights = [
             {
-                spec.name: _weight(engine.weights, run.weights[spec.name], spec, device)
+                spec.name: load_weight(engine.weights, run.weights[spec.name], spec, device)
                 for spec in self._segments[run.segment].inputs
                 if spec.kind == "weight"
             }
@@ -87,6 +93,13 @@ class SegmentModel(DeviceModel):
                 qkv = torch.cat([buffers.pop(name) for name in ("q", "k", "v")], 1)
                 buffers["attended"] = self.blocks.attend(run.attention, qkv, self._ones, self._zeros, inputs)
         return buffers["logits"]
+
+    def warmed_up(self) -> None:
+        self._engines.save()
+
+    def close(self) -> None:
+        self._engines.save()  # sizes that came after the warm-up were compiled for too
+        super().close()
 
     def _given(
         self, spec: TensorSpec, names: Mapping[str, str], weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
@@ -116,60 +129,38 @@ class SegmentModel(DeviceModel):
         )
 
 
-class TensorRtSegments:
-    """Deserialised engines, an execution context for each with each profile, made when first wanted."""
+def load_segments(
+    engine: EngineDir, folder: Path, device: torch.device, segments: Segments | None = None
+) -> SegmentModel:
+    """An engine directory onto a GPU; `segments` carries out its engines, by default TensorRT.
 
-    def __init__(self, trt: Any, folder: Path, plan: EnginePlan) -> None:
-        """Raises ConfigError naming the engine that this GPU does not take."""
-        try:
-            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        except Exception as error:  # of the bindings: which ones is not documented
-            raise ConfigError(f"{folder}: {plan.flavor} TensorRT does not start here: {error}") from None
-        self._engines = {}
-        self._contexts: dict[tuple[str, int], Any] = {}
-        for segment in plan.segments:
-            engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
-            context = None if engine is None else engine.create_execution_context()
-            if context is None:
-                gpu = torch.cuda.get_device_name()
-                raise ConfigError(f"{folder / segment.file}: {plan.flavor} TensorRT does not take it on {gpu}")
-            self._engines[segment.name] = engine
-            self._contexts[segment.name, 0] = context  # profile 0 is a context's first
-        self._sized = {  # inputs whose shape a step decides
-            segment.name: {spec.name for spec in segment.inputs if any(isinstance(size, str) for size in spec.shape)}
-            for segment in plan.segments
-        }
-
-    def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        context = self._contexts.get((segment, profile))
-        if context is None:
-            context = self._engines[segment].create_execution_context()
-            if context is None or not context.set_optimization_profile_async(profile, stream):
-                raise RuntimeError(f"TensorRT has no context for profile {profile} of segment {segment}")
-            self._contexts[segment, profile] = context
-        for name, tensor in inputs.items():
-            if name in self._sized[segment] and not context.set_input_shape(name, tuple(tensor.shape)):
-                raise RuntimeError(f"TensorRT refuses shape {tuple(tensor.shape)} for {name} of segment {segment}")
-        for name, tensor in (*inputs.items(), *outputs.items()):
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                raise RuntimeError(f"TensorRT refuses the address of {name} of segment {segment}")
-        if not context.execute_async_v3(stream):
-            raise RuntimeError(f"TensorRT could not run segment {segment}")
-
-
-def load_segments(engine: EngineDir, folder: Path, device: torch.device) -> SegmentModel:
-    """An engine directory onto a GPU. Raises ConfigError where its TensorRT is not here or does not take the card."""
+    Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them.
+    """
     plan = EnginePlan.read(folder)
-    segments = TensorRtSegments(import_flavor(plan.flavor), folder, plan)
-    return SegmentModel(engine, plan, segments, device)
+    model = SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
+    try:
+        model.pass_bytes(1, 1)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
+    return model
+
+
+def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:
+    trt = import_flavor(plan.flavor)
+    gpu = find_gpu(device.index or 0)
+    kernels = None
+    if gpu is not None and plan.flavor == "rtx":
+        files = {segment.file for segment in plan.segments}
+        hashes = [record.sha256 for record in engine.manifest.files if record.path in files]
+        kernels = RuntimeCache(runtime_path(engine.manifest.fingerprint, hashes, gpu))
+    return TensorRtSegments(trt, folder, plan, device, kernels=kernels)
 
 
 def _takes(profile: Profile, num_tokens: int, num_rows: int) -> bool:
     return profile.min_tokens <= num_tokens <= profile.max_tokens and num_rows <= profile.max_rows
 
 
-def _weight(store: WeightStore, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
+def load_weight(store: StoredTensors, name: str, spec: TensorSpec, device: torch.device) -> Tensor:
     """As the file has it, in the shape that the engine wants: int4 stays two in a byte."""
     tensor = torch.from_numpy(store.tensor(name).copy())
     if tensor.dtype != TYPES[spec.dtype] and tensor.dtype.itemsize == TYPES[spec.dtype].itemsize:

@@ -119,17 +119,9 @@ class TensorRtOps:
         return self._value(network.cast(normed, self._activations))
 
     def linear(self, x: Value, weight: str, bias: str | None = None) -> Value:
-        network, form = self._network, self._forms[weight]
-        matrix, inputs = self._matrix(weight), self._here(x)
-        if form.dtype == "F8_E4M3" and not form.input_scale:
-            y = self._product_by_token(inputs, matrix)
-        else:
-            if form.input_scale:
-                scale = self._weight(input_scale_name(weight), "F32", (1,))
-                codes = network.quantise(inputs, scale, _STORED[form.dtype])
-                inputs = network.dequantise(codes, scale, self._activations)
-            y = network.product(inputs, matrix)
+        y = self._product(self._here(x), weight)
         if bias is not None:
+            network = self._network
             y = network.elementwise("SUM", y, network.cast(self._vector(bias), self._activations))
         return self._value(y)
 
@@ -217,34 +209,59 @@ class TensorRtOps:
         (length,) = self._forms[name].shape
         return self._network.reshape(self._weight(name, "F32", (length,)), (1, length))
 
-    def _matrix(self, name: str) -> Tensor:
-        """A weight [N, K] in the precision of the activations."""
+    def _product(self, x: Tensor, weight: str) -> Tensor:
+        """x [T, K] times a weight [N, K], in the precision of the activations; x is rounded first where its form is so.
+
+        Layers that quantise want scales that are constants, and one for all tokens. Scales that are neither divide
+        what goes in and multiply what comes out: of a token, for a weight in e4m3 (Yao et al., ZeroQuant, 2022), and,
+        where weights are inputs, those of the outputs and of a calibration.
+        """
+        network, form = self._network, self._forms[weight]
+        matrix, factors = self._matrix(weight)
+        if form.input_scale or form.dtype == "F8_E4M3":
+            wide = network.cast(x, "fp32")
+            if form.input_scale and self._constants is not None:
+                scale = self._weight(input_scale_name(weight), "F32", (1,))
+            else:
+                scale = self._one()
+                if form.input_scale:
+                    divisors = network.reshape(self._weight(input_scale_name(weight), "F32", (1,)), (1, 1))
+                else:
+                    divisors = self._peaks(wide)
+                wide = network.elementwise("DIV", wide, divisors)
+                factors.append(divisors)
+            codes = network.quantise(wide, scale, _STORED[form.dtype])
+            x = network.dequantise(codes, scale, self._activations)
+        y = network.product(x, matrix)
+        for factor in factors:
+            y = network.elementwise("PROD", network.cast(y, "fp32"), factor)
+        return network.cast(y, self._activations)
+
+    def _matrix(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """A weight [N, K] in the precision of the activations, and what multiplies its product: float32 [1, N]."""
         network, form = self._network, self._forms[name]
         stored = self._weight(name, form.dtype, form.shape)
         if form.scales is None:
-            return network.cast(stored, self._activations)
+            return network.cast(stored, self._activations), []
         rows, groups = form.scales
-        packed = form.dtype == "I4"
-        scale = self._weight(scale_name(name), "F32", (rows, groups) if packed or groups > 1 else (rows,))
-        if packed:  # its scales must be of the type that comes out
+        by_group = form.dtype == "I4" or groups > 1
+        scale = self._weight(scale_name(name), "F32", (rows, groups) if by_group else (rows,))
+        if self._constants is None and not by_group:
+            matrix = network.dequantise(stored, self._one(), self._activations)
+            return matrix, [network.reshape(scale, (1, rows))]
+        if form.dtype == "I4":  # its scales must be of the type that comes out
             scale = network.cast(scale, self._activations)
-        return network.dequantise(stored, scale, self._activations)
+        return network.dequantise(stored, scale, self._activations), []
 
-    def _product_by_token(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """A product whose activations are rounded to e4m3, each token by its own scale.
-
-        The layers that quantise know one scale for all tokens: each token is divided by its own before, and multiplied
-        by it after. Scales per token: Yao et al., ZeroQuant, 2022.
-        """
+    def _peaks(self, wide: Tensor) -> Tensor:
+        """What divides each token so that its largest number is the largest of e4m3: float32 [T, 1]."""
         network = self._network
-        wide = network.cast(x, "fp32")
         peaks = network.reduce("MAX", network.unary("ABS", wide))
         peaks = network.elementwise("MAX", peaks, network.constant(np.full((1, 1), SMALLEST_PEAK, np.float32)))
-        scales = network.elementwise("DIV", peaks, network.constant(np.full((1, 1), E4M3_LIMIT, np.float32)))
-        one = network.constant(np.ones(1, np.float32))
-        codes = network.quantise(network.elementwise("DIV", wide, scales), one, "fp8")
-        y = network.product(network.dequantise(codes, one, self._activations), matrix)
-        return network.cast(network.elementwise("PROD", network.cast(y, "fp32"), scales), self._activations)
+        return network.elementwise("DIV", peaks, network.constant(np.full((1, 1), E4M3_LIMIT, np.float32)))
+
+    def _one(self) -> Tensor:
+        return self._network.constant(np.ones(1, np.float32))
 
 
 def relative_name(weight: str, num_attentions: int) -> str:

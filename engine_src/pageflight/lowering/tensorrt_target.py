@@ -77,5 +77,20 @@ def known_capabilities(trt: Any) -> tuple[int, ...]:
     return tuple(sorted(int(name.removeprefix("SM")) for name in names))
 
 
+def collecting_log(trt: Any) -> Any:
+    """A logger for TensorRT that keeps `errors` for the exception that follows them, and prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Log()
+
+
 def _listed(capabilities: tuple[int, ...] | list[int]) -> str:
     return ",".join(map(str, capabilities))

@@ -67,6 +67,7 @@ def load_on_gpu(
     )
     if device.type == "cuda":
         runner.warm_up(scheduler.max_num_tokens)
+        model.warmed_up()
     return runner, capacity
 
 
@@ -78,11 +79,13 @@ def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:
     else:
         engine = open_engine(engine_dir, "tensorrt")
         verification = Verification(engine)
+        segments = None
         try:
-            model = load_segments(engine, engine_dir, device)
+            segments = load_segments(engine, engine_dir, device)
         except ConfigError as error:
             log.warning("%s; it runs on kernels of our own instead", error)
-            model = KernelModel.load(engine, device)
+        # Not while the exception is alive: it holds weights that are on the device already.
+        model = segments or KernelModel.load(engine, device)
     verification.finish()
     return model, engine.manifest.max_model_len
 

@@ -1,0 +1,95 @@
+"""The runtime half of tensorrt_rtx, as far as it is used: it notes what is asked of it, and computes nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import tensorrt_rtx as trt
+
+
+class FakeTensorRt:
+    """Stands in for the module. `sizes`: memory that each engine's contexts need, in bytes."""
+
+    __version__ = "1.7"
+    ILogger = trt.ILogger
+    IRuntimeCache = trt.IRuntimeCache
+    ExecutionContextAllocationStrategy = trt.ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = trt.DynamicShapesKernelSpecializationStrategy
+
+    def __init__(self, sizes: dict[str, int] | None = None, *, accepts: bool = True, refuses: str = "") -> None:
+        self.sizes, self.accepts, self.refuses = sizes or {}, accepts, refuses
+        self.calls: list[tuple[Any, ...]] = []
+        self.caches: list[bytes] = []
+        self.settings: list[Any] = []
+
+    def Runtime(self, log: Any) -> Any:
+        def deserialize_cuda_engine(data: bytes) -> Any:
+            if self.refuses:
+                log.log(trt.ILogger.Severity.ERROR, self.refuses)
+                return None
+            return _Engine(self, data.decode())
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
+
+
+class _Engine:
+    def __init__(self, fake: FakeTensorRt, name: str) -> None:
+        self._fake, self.name = fake, name
+        self.device_memory_size_v2 = fake.sizes.get(name, 0)
+
+    def create_runtime_config(self) -> Any:
+        self._fake.calls.append(("create_runtime_config",))
+        made = _Settings(self._fake)
+        self._fake.settings.append(made)
+        return made
+
+    def create_execution_context(self, how: Any) -> Any:
+        self._fake.calls.append(("create_execution_context", how))
+        return _Context(self._fake, self.name)
+
+
+class _Settings:
+    def __init__(self, fake: FakeTensorRt) -> None:
+        self._fake, self.dynamic_shapes_kernel_specialization_strategy = fake, None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def create_runtime_cache(self) -> Any:
+        self._fake.calls.append(("create_runtime_cache",))
+        self._fake.caches.append(b"")
+        return _Cache(self._fake)
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self._fake.calls.append(("set_runtime_cache",))
+        return True
+
+
+class _Cache:
+    def __init__(self, fake: FakeTensorRt) -> None:
+        self._fake = fake
+
+    def deserialize(self, data: bytes) -> bool:
+        self._fake.calls.append(("deserialize", data))
+        if self._fake.accepts:
+            self._fake.caches[0] = data
+        return self._fake.accepts
+
+    def serialize(self) -> bytes:
+        return self._fake.caches[0]
+
+
+class _Context:
+    def __init__(self, fake: FakeTensorRt, name: str) -> None:
+        self._fake, self._name = fake, name
+
+    def __getattr__(self, call: str) -> Any:
+        def note(*arguments: Any) -> bool:
+            self._fake.calls.append((call, *arguments))
+            kernels = f"kernels of {self._name};".encode()
+            if call == "execute_async_v3" and self._fake.caches and kernels not in self._fake.caches[0]:
+                self._fake.caches[0] += kernels
+            return True
+
+        return note
