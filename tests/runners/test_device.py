@@ -13,7 +13,7 @@ import pytest
 import torch
 from engines import make_checkpoint, make_engine, serve
 
-from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.plan import RowStart, StepPlan
@@ -57,16 +57,16 @@ def request(handle: int, num_prompt: int, **wishes: object) -> Request:
 
 
 def served_on_device(
-    runner: DeviceRunner, requests: list[Request], *, ahead: bool, host_blocks: int = 0
+    runner: DeviceRunner, requests: list[Request], *, ahead: bool, kv_admission: KVAdmission = "forecast"
 ) -> tuple[dict[int, list[int]], dict[int, list[float]], Scheduler]:
     limits = runner.limits
     config = SchedulerConfig(
         max_num_tokens=40,
         max_num_seqs=8,
         max_model_len=MAX_LEN,
-        kv_admission="optimistic" if host_blocks else "forecast",
+        kv_admission=kv_admission,
     )
-    kv = KVConfig(num_blocks=limits.num_blocks, num_host_blocks=host_blocks, block_size=limits.block_size)
+    kv = KVConfig(num_blocks=limits.num_blocks, block_size=limits.block_size)
     scheduler = Scheduler(config, kv, vocab_size=limits.vocab_size)
     mailbox = InMemoryMailbox()
     mailbox.send(*[Submit(each) for each in requests], Drain())
@@ -80,7 +80,7 @@ def served_on_device(
             ids[handle].append(int(events.ids[index]))
             if events.log_probs is not None:
                 log_probs[handle].append(float(events.log_probs[index]))
-    return dict(ids), dict(log_probs)
+    return dict(ids), dict(log_probs), scheduler
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -97,25 +97,54 @@ def test_ids_are_those_of_the_local_runner(engine_dir: Path, ahead: bool) -> Non
         *(request(number, 6 + number, max_tokens=2) for number in range(6, 10)),
     ]
     expected = serve(engine_dir, requests, max_num_tokens=40)
-    ids, log_probs = served_on_device(runner_of(engine_dir, num_blocks=40), requests, ahead=ahead)
+    ids, log_probs, _ = served_on_device(runner_of(engine_dir, num_blocks=40), requests, ahead=ahead)
     assert ids == expected.ids
     assert log_probs[3] == pytest.approx(expected.log_probs[3], abs=1e-4)
 
 
-def test_wishes_that_only_the_host_knows_are_met(engine_dir: Path) -> None:
-    """Penalties, bias and bad words beside rows that the device samples: their ids must reach the device too."""
-    runner = runner_of(engine_dir, num_blocks=40)
-    runner.warm_up(3)
-    requests = [
-        request(0, 9, repetition_penalty=1.5),
-        request(1, 12, temperature=1.0),
-        request(2, 7, temperature=1.0, logit_bias=((17, 5.0),), log_probs=True),
-        request(3, 20, bad_words_ids=((5,), (6, 7)), max_tokens=7),
-    ]
+def wishes_of(rng: np.random.Generator) -> dict[str, object]:
+    """A few of everything that sampling can be asked for."""
+    asked: dict[str, object] = {
+        "temperature": 1.0,
+        "top_k": 9,
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.8,
+        "frequency_penalty": -0.6,
+        "logit_bias": tuple((int(token), float(rng.normal()) * 3) for token in rng.integers(0, 220, 30)),
+        "bad_words_ids": tuple(tuple(rng.integers(0, 199, size).tolist()) for size in (1, 1, 2, 3)),
+        "stop_token_ids": tuple(rng.integers(0, 199, 40).tolist()),
+        "min_tokens": 5,
+        "log_probs": True,
+    }
+    return {name: value for name, value in asked.items() if rng.random() < 0.5}
+
+
+def test_rows_with_wishes_are_sampled_on_the_device_two_steps_deep(engine_dir: Path) -> None:
+    """Lists, counts and lengths are the row's own there, and begin again with what a preempted sequence brings. The
+    host once sampled such steps, and nothing could run meanwhile."""
+    runner = runner_of(engine_dir, num_blocks=7)
+    runner.warm_up(1)
+    rng = np.random.default_rng(11)
+    requests = [request(number, 26 + number % 5, max_tokens=9, **wishes_of(rng)) for number in range(7)]
     expected = serve(engine_dir, requests, max_num_tokens=40)
-    ids, log_probs = served_on_device(runner, requests, ahead=True)
+    ids, log_probs, scheduler = served_on_device(runner, requests, ahead=True, kv_admission="optimistic")
     assert ids == expected.ids, "warming up leaves no trace in rows or blocks"
-    assert log_probs[2] == pytest.approx(expected.log_probs[2], abs=1e-4)
+    assert scheduler.stats().preemptions > 0, "this test is about rows that begin again"
+    asked = [each.handle for each in requests if each.sampling.log_probs]
+    for handle in asked:
+        assert log_probs[handle] == pytest.approx(expected.log_probs[handle], abs=1e-4)
+
+
+def test_an_answer_that_a_bad_word_would_complete_goes_another_way(engine_dir: Path) -> None:
+    """The device knows the tail of a row's tokens, those of a step whose ids the host has not seen included."""
+    free = [request(number, 9 + number, max_tokens=6) for number in range(2)]
+    ids = served_on_device(runner_of(engine_dir, num_blocks=8), free, ahead=True)[0]
+    words = [(tuple(ids[0][1:4]),), (tuple(ids[1][:2]),)]
+    bound = [request(number, 9 + number, max_tokens=6, bad_words_ids=words[number]) for number in range(2)]
+    found = served_on_device(runner_of(engine_dir, num_blocks=8), bound, ahead=True)[0]
+    assert found[0][:3] == ids[0][:3] and found[0][3] != ids[0][3]
+    assert found[1][0] == ids[1][0] and found[1][1] != ids[1][1]
+    assert found == serve(engine_dir, bound, max_num_tokens=40).ids
 
 
 def test_an_engine_is_loaded_onto_a_device_with_its_blocks(engine_dir: Path) -> None:

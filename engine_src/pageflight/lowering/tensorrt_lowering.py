@@ -56,15 +56,17 @@ class TensorRtLowering:
         return dtype if dtype in ("fp32", "fp16", "bf16") else _QUANTISED_ACTIVATIONS
 
     def default_kv_dtype(self, dtype: str) -> str:
-        """The cache holds K and V as the engines hand them over."""
+        """The cache holds K and V as the engines hand them over, unless it is to round them."""
         return self.activations(dtype)
 
     def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
         """Raises ConfigError for a precision, or a GPU, that engines cannot be built for."""
         self._check_dtype(dtype)
         wanted = self.activations(dtype)
-        if kv_dtype != wanted:
-            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} is {wanted}")
+        if kv_dtype not in (wanted, "fp8"):
+            raise ConfigError(
+                f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} are {wanted}, fp8"
+            )
         check_capabilities(import_flavor(self._target.flavor), self._target, dtype)
 
     def compile(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pageflight.core.plan import RowStart, StepPlan
-from pageflight.kernels.sampling import RowParameters, packed
+from pageflight.kernels.sampling import RowParameters
 from pageflight.kernels.step_inputs import scatter
+from pageflight.runners.device_wishes import Wishes
 
 Int32Array = NDArray[np.int32]
 NUM_STAGES = 3  # one being filled while one travels and one is read
@@ -64,28 +65,21 @@ class DeviceRows:
         self._staging = _Staging(8 * ROUND + 5 * max_num_seqs + 1 + max_num_tokens + 2 * MAX_CHANGES, device)
         self._pending: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
 
-    def change(self, plan: StepPlan) -> None:
-        """Rows that start and block tables that change; they reach the device with the next `stage`."""
-        for start in plan.starts:
-            self._start(start)
+    def change(self, plan: StepPlan, wishes: Sequence[Wishes]) -> None:
+        """Rows that start, with their wishes, and block tables that change; the next `stage` takes them over."""
+        for start, wished in zip(plan.starts, wishes, strict=True):
+            self._start(start, wished)
         if plan.table_rows is not None and plan.table_columns is not None and plan.table_blocks is not None:
             words = self.tables_at + plan.table_rows.astype(np.int64) * self.stride_tables + plan.table_columns
             self._pending.append((words.astype(np.int32), plan.table_blocks.astype(np.int32)))
 
-    def put(self, rows_L: Int32Array, positions_L: Int32Array, ids_L: Int32Array) -> None:
-        """Tokens that the host chose."""
-        words = rows_L.astype(np.int64) * self.stride_tokens + positions_L
-        self._pending.append((words.astype(np.int32), ids_L.astype(np.int32)))
-
-    def _start(self, start: RowStart) -> None:
+    def _start(self, start: RowStart, wishes: Wishes) -> None:
         row, num_tokens = start.row, start.token_ids.size
         assert 0 < num_tokens <= self.stride_tokens, "a sequence starts with at least one token and fits its row"
         first = row * self.stride_tokens
         self._pending.append((np.arange(first, first + num_tokens, dtype=np.int32), start.token_ids.astype(np.int32)))
-        lines = packed(start.sampling, start.sequence_index)
-        for (at, size), line in zip(self._parameters_at, lines, strict=True):
-            words = np.arange(at + row * size, at + (row + 1) * size, dtype=np.int32)
-            self._pending.append((words, line.numpy().view(np.int32)))
+        for (at, size), line in zip(self._parameters_at, (wishes.floats, wishes.integers), strict=True):
+            self._pending.append((np.arange(at + row * size, at + (row + 1) * size, dtype=np.int32), line))
 
     def stage_decode(self, rows_S: Int32Array, starts_S: Int32Array, bucket: int) -> StagedStep:
         """A step of one token for every row, filled up with padding to `bucket` rows."""
@@ -182,5 +176,5 @@ def _rounded(num_words: int) -> int:
 
 def packed_rows(num_rows: int) -> tuple[Int32Array, Int32Array]:
     """Words of the sampling parameters of greedy rows: floats of all rows, then integers of all rows."""
-    parameters = RowParameters.empty(num_rows, 1, "cpu")
+    parameters = RowParameters.empty(num_rows, "cpu")
     return parameters.floats.numpy().view(np.int32).ravel(), parameters.integers.numpy().view(np.int32).ravel()
