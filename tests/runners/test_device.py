@@ -32,6 +32,14 @@ MAX_LEN = 96
 
 
 @pytest.fixture(scope="module")
+def fp8_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model whose K/V blocks are e4m3."""
+    folder = tmp_path_factory.mktemp("fp8")
+    make_checkpoint(folder / "checkpoint")
+    return make_engine(folder / "checkpoint", folder / "engine", "torch", MAX_LEN, kv_dtype="fp8")
+
+
+@pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     make_checkpoint(folder / "checkpoint")
@@ -50,7 +58,7 @@ def runner_of(engine_dir: Path, *, num_blocks: int, num_host_blocks: int = 0, ma
     )
 
 
-def request(handle: int, num_prompt: int, **wishes: object) -> Request:
+def asked(handle: int, num_prompt: int, **wishes: object) -> Request:
     ids = np.random.default_rng(handle).integers(2, 190, num_prompt)
     sampling = SamplingParams(**{"max_tokens": 5, "seed": handle, **wishes})
     return Request(handle=handle, prompt_ids=tuple(ids.tolist()), sampling=sampling)
@@ -88,13 +96,13 @@ def test_ids_are_those_of_the_local_runner(engine_dir: Path, ahead: bool) -> Non
     """Prompts in chunks beside decoding rows, greedy and sampled, rows taken anew: whatever the device mirrors of a row
     would show."""
     requests = [
-        request(0, 70),
-        request(1, 5, temperature=1.0),
-        request(2, 33, temperature=0.8, top_k=12),
-        request(3, 31, temperature=1.2, top_p=0.7, log_probs=True),
-        request(4, 32, max_tokens=3),
-        request(5, 1, temperature=1.0, min_p=0.05),
-        *(request(number, 6 + number, max_tokens=2) for number in range(6, 10)),
+        asked(0, 70),
+        asked(1, 5, temperature=1.0),
+        asked(2, 33, temperature=0.8, top_k=12),
+        asked(3, 31, temperature=1.2, top_p=0.7, log_probs=True),
+        asked(4, 32, max_tokens=3),
+        asked(5, 1, temperature=1.0, min_p=0.05),
+        *(asked(number, 6 + number, max_tokens=2) for number in range(6, 10)),
     ]
     expected = serve(engine_dir, requests, max_num_tokens=40)
     ids, log_probs, _ = served_on_device(runner_of(engine_dir, num_blocks=40), requests, ahead=ahead)
@@ -104,7 +112,7 @@ def test_ids_are_those_of_the_local_runner(engine_dir: Path, ahead: bool) -> Non
 
 def wishes_of(rng: np.random.Generator) -> dict[str, object]:
     """A few of everything that sampling can be asked for."""
-    asked: dict[str, object] = {
+    wishes: dict[str, object] = {
         "temperature": 1.0,
         "top_k": 9,
         "repetition_penalty": 1.4,
@@ -116,7 +124,7 @@ def wishes_of(rng: np.random.Generator) -> dict[str, object]:
         "min_tokens": 5,
         "log_probs": True,
     }
-    return {name: value for name, value in asked.items() if rng.random() < 0.5}
+    return {name: value for name, value in wishes.items() if rng.random() < 0.5}
 
 
 def test_rows_with_wishes_are_sampled_on_the_device_two_steps_deep(engine_dir: Path) -> None:
@@ -125,22 +133,21 @@ def test_rows_with_wishes_are_sampled_on_the_device_two_steps_deep(engine_dir: P
     runner = runner_of(engine_dir, num_blocks=7)
     runner.warm_up(1)
     rng = np.random.default_rng(11)
-    requests = [request(number, 26 + number % 5, max_tokens=9, **wishes_of(rng)) for number in range(7)]
+    requests = [asked(number, 26 + number % 5, max_tokens=9, **wishes_of(rng)) for number in range(7)]
     expected = serve(engine_dir, requests, max_num_tokens=40)
     ids, log_probs, scheduler = served_on_device(runner, requests, ahead=True, kv_admission="optimistic")
     assert ids == expected.ids, "warming up leaves no trace in rows or blocks"
     assert scheduler.stats().preemptions > 0, "this test is about rows that begin again"
-    asked = [each.handle for each in requests if each.sampling.log_probs]
-    for handle in asked:
+    for handle in [each.handle for each in requests if each.sampling.log_probs]:
         assert log_probs[handle] == pytest.approx(expected.log_probs[handle], abs=1e-4)
 
 
 def test_an_answer_that_a_bad_word_would_complete_goes_another_way(engine_dir: Path) -> None:
     """The device knows the tail of a row's tokens, those of a step whose ids the host has not seen included."""
-    free = [request(number, 9 + number, max_tokens=6) for number in range(2)]
+    free = [asked(number, 9 + number, max_tokens=6) for number in range(2)]
     ids = served_on_device(runner_of(engine_dir, num_blocks=8), free, ahead=True)[0]
     words = [(tuple(ids[0][1:4]),), (tuple(ids[1][:2]),)]
-    bound = [request(number, 9 + number, max_tokens=6, bad_words_ids=words[number]) for number in range(2)]
+    bound = [asked(number, 9 + number, max_tokens=6, bad_words_ids=words[number]) for number in range(2)]
     found = served_on_device(runner_of(engine_dir, num_blocks=8), bound, ahead=True)[0]
     assert found[0][:3] == ids[0][:3] and found[0][3] != ids[0][3]
     assert found[1][0] == ids[1][0] and found[1][1] != ids[1][1]
@@ -176,7 +183,7 @@ def test_tensorrt_engines_that_the_card_does_not_take_run_on_our_kernels(
     caplog.set_level(logging.WARNING, "pageflight.runners.device_factory")
     config = EngineConfig(kv=KVConfig(num_blocks=12), scheduler=SchedulerConfig(max_num_tokens=40, max_num_seqs=8))
     runner, _ = device_factory.load_on_gpu(folder, config, torch.device("cpu"))
-    requests = [request(0, 9, max_tokens=3)]
+    requests = [asked(0, 9, max_tokens=3)]
     assert served_on_device(runner, requests, ahead=False)[0] == serve(engine_dir, requests, max_num_tokens=40).ids
     assert "does not take it on Some GPU; it runs on kernels of our own instead" in caplog.text
 
@@ -207,8 +214,12 @@ def plan_of(
     )
 
 
-def test_blocks_come_back_from_the_host_and_are_copied(engine_dir: Path) -> None:
+@pytest.mark.parametrize("cache", ["engine_dir", "fp8_cache_dir"])
+def test_blocks_come_back_from_the_host_and_are_copied(
+    cache: str, request: pytest.FixtureRequest, rounds_to_e4m3: None
+) -> None:
     """A row goes to the host and comes back as another one in other blocks, which is then forked."""
+    engine_dir: Path = request.getfixturevalue(cache)
     local = LocalRunner(
         TorchLowering().load(engine_dir, num_threads=1),
         num_blocks=8,
@@ -217,7 +228,7 @@ def test_blocks_come_back_from_the_host_and_are_copied(engine_dir: Path) -> None
         max_model_len=MAX_LEN,
     )
     device = runner_of(engine_dir, num_blocks=8, num_host_blocks=4)
-    prompt = np.array(request(0, 40).prompt_ids, np.int32)
+    prompt = np.array(asked(0, 40).prompt_ids, np.int32)
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=9)
     known = list(prompt)
 
@@ -243,7 +254,7 @@ def test_blocks_come_back_from_the_host_and_are_copied(engine_dir: Path) -> None
 
 def test_answers_of_one_prompt_share_its_blocks_until_they_part(engine_dir: Path) -> None:
     """A fork copies the last block before it writes to it."""
-    requests = [replace(request(0, 45), sampling=SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=6))]
+    requests = [replace(asked(0, 45), sampling=SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=6))]
     one, other = (
         serve(engine_dir, requests, max_num_tokens=40).ids,
         served_on_device(runner_of(engine_dir, num_blocks=30), requests, ahead=False)[0],

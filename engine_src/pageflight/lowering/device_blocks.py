@@ -57,6 +57,8 @@ class DeviceBlocks:
         """Raises ConfigError for a kv dtype that no kernel has."""
         if kv_dtype not in KV_ELEMENTS:
             raise ConfigError(f"kv_dtype={kv_dtype!r}: on a GPU supported are {', '.join(KV_ELEMENTS)}")
+        if kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ConfigError(f"kv_dtype='fp8': {torch.cuda.get_device_name(device)} lacks compute capability 8.9")
         self.config, self.element, self.block_size, self.device = config, KV_ELEMENTS[kv_dtype], block_size, device
         self.cache: Tensor | None = None
         self._host: Tensor | None = None

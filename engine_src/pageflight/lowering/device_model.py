@@ -86,8 +86,12 @@ class KernelModel(DeviceModel):
     def load(cls, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> KernelModel:
         """An engine onto a device. `compute`: the type of activations, by default that of the engine's dtype."""
         manifest = engine.manifest
-        weights = load_weights(engine.weights, engine.config, compute or COMPUTE[manifest.dtype], device)
-        blocks = DeviceBlocks(engine.config, manifest.kv_dtype, manifest.block_size, device)
+        compute = compute or COMPUTE[manifest.dtype]
+        weights = load_weights(engine.weights, engine.config, compute, device)
+        # The reference computes in float32; here queries are narrower, and keys and values are rounded to their type.
+        narrow = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(compute)
+        kv_dtype = narrow if narrow and manifest.kv_dtype == "fp32" else manifest.kv_dtype
+        blocks = DeviceBlocks(engine.config, kv_dtype, manifest.block_size, device)
         return cls(engine.config, weights, blocks, max_model_len=manifest.max_model_len)
 
     @torch.inference_mode()

@@ -15,7 +15,13 @@ from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_build import build_engines
 from pageflight.lowering.tensorrt_plan import EnginePlan
-from pageflight.lowering.tensorrt_target import TensorRtTarget, check_capabilities, import_flavor, package_of
+from pageflight.lowering.tensorrt_target import (
+    FP8_CAPABILITY,
+    TensorRtTarget,
+    check_capabilities,
+    import_flavor,
+    package_of,
+)
 from pageflight.models.config import DecoderConfig
 from pageflight.quant.store import WEIGHTS_NAME, WeightStore
 
@@ -68,6 +74,11 @@ class TensorRtLowering:
                 f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} are {wanted}, fp8"
             )
         check_capabilities(import_flavor(self._target.flavor), self._target, dtype)
+        older = [each for each in self._target.compute_capabilities if each < FP8_CAPABILITY]
+        if kv_dtype == "fp8" and older:
+            raise ConfigError(
+                f"compute_capability={','.join(map(str, older))}: kv_dtype fp8 needs {FP8_CAPABILITY} or later"
+            )
 
     def compile(
         self,
