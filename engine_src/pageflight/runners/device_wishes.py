@@ -78,6 +78,11 @@ class RowWishes:
         return Wishes(floats, integers, lists, counts)
 
 
+def wishes_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most memory of adjusted scores and of counts, if every row has penalties: four bytes an id each."""
+    return 2 * 4 * num_rows * vocab_size
+
+
 def copied(array: Int32Array, device: torch.device) -> Tensor:
     """The same on the device, once the current stream gets there."""
     on_host = torch.from_numpy(np.ascontiguousarray(array, np.int32))
