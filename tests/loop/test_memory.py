@@ -10,7 +10,7 @@ import pytest
 from front_harness import CONFIG, Collector, NumberText, Recorder, generation
 
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import OutOfMemory, PoisonRequest, PromptTooLong
+from pageflight.core.errors import EngineLost, PoisonRequest, PromptTooLong
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.front import Front, Generation
 from pageflight.loop.local import start_core
@@ -76,7 +76,7 @@ def test_what_the_smaller_cache_cannot_hold_is_refused_with_the_reason() -> None
         large = generation((LARGE, 5), max_tokens=20)
         front.submit(large, sinks[1])
         error = long_sink.wait().finals[0].error
-        assert isinstance(error, OutOfMemory), error
+        assert isinstance(error, EngineLost), error
         assert "at most 910 after 3 prompt tokens" in str(error)
         assert [sink.wait().ids() for sink in sinks] == [expected(short), expected(large)]
         with pytest.raises(PromptTooLong):

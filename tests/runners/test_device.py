@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.plan import RowStart, StepPlan
 from pageflight.core.request import Request, SamplingParams
+from pageflight.kernels import attention_decode, tuning
+from pageflight.kernels.tuning import AttentionTiles, Choice
 from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
+from pageflight.lowering import device_blocks
 from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
@@ -140,6 +144,33 @@ def test_rows_with_wishes_are_sampled_on_the_device_two_steps_deep(engine_dir: P
     assert scheduler.stats().preemptions > 0, "this test is about rows that begin again"
     for handle in [each.handle for each in requests if each.sampling.log_probs]:
         assert log_probs[handle] == pytest.approx(expected.log_probs[handle], abs=1e-4)
+
+
+def test_decode_steps_are_cut_as_was_measured_on_the_card(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `gpu_check tune` writes has to reach the kernel; ids do not depend on it."""
+    expected = served_on_device(runner_of(engine_dir, num_blocks=8), [asked(0, 40)], ahead=False)[0]
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "Fake X9")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(attention_decode, "MIN_KEYS_PER_SPLIT", 16)
+    tiles = AttentionTiles(keys=16, num_splits=3, num_warps=8, num_stages=1)
+    fp32 = torch.float32
+    key = tuning.attention_key(attention_decode.KERNEL, fp32, fp32, 1, 4, 2, 16, context=MAX_LEN)
+    tuning.write(tuning.file_of("Fake X9"), "Fake X9", {key: Choice(tiles=tiles, microseconds=1.0)})
+    launches: list[tuple[Any, ...]] = []
+    attend = device_blocks.decode_attention
+
+    def spy(*tensors: torch.Tensor, **settings: Any) -> None:
+        launches.append((settings["tiles"], settings["workspace"].num_splits))
+        attend(*tensors, **settings)
+
+    monkeypatch.setattr(device_blocks, "decode_attention", spy)
+    try:
+        assert served_on_device(runner_of(engine_dir, num_blocks=8), [asked(0, 40)], ahead=False)[0] == expected
+    finally:
+        tuning.stored.cache_clear()
+    assert launches and set(launches) == {(tiles, 3)}
 
 
 def test_an_answer_that_a_bad_word_would_complete_goes_another_way(engine_dir: Path) -> None:

@@ -12,7 +12,7 @@ depend on R, H and P only: a captured graph stays right when lengths change.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,13 +28,16 @@ from pageflight.kernels.attention_tile import (
     attend,
     check_cache,
     check_integers,
+    default_keys,
     padded,
     score_factors,
     signature,
     tile_constants,
 )
 from pageflight.kernels.builds import KernelBuild
+from pageflight.kernels.tuning import AttentionTiles, Problem, attention_key, attention_tiles_of
 
+KERNEL = "decode_attention"
 MIN_ROWS = 16  # of a tile: the least that a tensor core multiplies
 MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 256  # below that, joining costs more than waiting
@@ -72,6 +75,98 @@ def choose_num_splits(num_rows: int, num_kv_heads: int, max_context_len: int, nu
     """
     wanted = math.ceil(PROGRAMS_PER_SM * num_sms / (num_rows * num_kv_heads))
     return max(1, min(wanted, max_context_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
+
+
+def default_tiles(
+    num_rows: int, num_kv_heads: int, head_dim: int, element_bytes: int, max_context_len: int, num_sms: int
+) -> AttentionTiles:
+    """Unmeasured: by the number of multiprocessors."""
+    return AttentionTiles(
+        keys=default_keys(head_dim, element_bytes),
+        num_splits=choose_num_splits(num_rows, num_kv_heads, max_context_len, num_sms),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+def measured_tiles(
+    queries: torch.dtype,
+    cache: torch.dtype,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_context_len: int,
+    device: torch.device,
+) -> AttentionTiles | None:
+    """What was fastest on this GPU: at the longest measured context that is not beyond `max_context_len`, for such an
+    engine serves shorter ones as well. Splits that so short a context cannot fill are left out."""
+    sizes = (num_heads, num_kv_heads, head_dim)
+    context = 1 << (max_context_len.bit_length() - 1)
+    while context >= MIN_KEYS_PER_SPLIT:
+        key = attention_key(KERNEL, queries, cache, num_rows, *sizes, context=context)
+        if (tiles := attention_tiles_of(device, key)) is not None:
+            return replace(tiles, num_splits=min(tiles.num_splits, max(1, max_context_len // MIN_KEYS_PER_SPLIT)))
+        context //= 2
+    return None
+
+
+def candidates(default: AttentionTiles) -> tuple[AttentionTiles, ...]:
+    """Tiles worth measuring: half, as many and twice as many splits and keys as the default has."""
+    splits = sorted({1, max(1, default.num_splits // 2), default.num_splits, min(MAX_SPLITS, 2 * default.num_splits)})
+    return tuple(
+        AttentionTiles(keys=keys, num_splits=num_splits, num_warps=num_warps, num_stages=num_stages)
+        for num_splits in splits
+        for keys in sorted({max(16, default.keys // 2), default.keys, min(128, 2 * default.keys)})
+        for num_warps in (4, 8)
+        for num_stages in (3, 5)
+    )
+
+
+def problem(
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    context: int,
+    *,
+    num_sms: int,
+    device: torch.device,
+    block_size: int = 32,
+) -> Problem:
+    """What `tuning.tune` measures: rows whose contexts are from an eighth of `context` to all of it, in any blocks."""
+    columns = triton.cdiv(context, block_size)
+    shape = (num_rows * columns, num_kv_heads, block_size, head_dim)
+    keys, values = (torch.zeros(shape, device=device, dtype=torch.float16).to(cache) for _ in "kv")
+    tables = torch.randperm(len(keys), device=device).to(torch.int32).view(num_rows, columns)
+    lens = torch.linspace(max(1, context // 8), context, num_rows, device=device).to(torch.int32)
+    queries = torch.zeros(num_rows, num_heads, head_dim, dtype=dtype, device=device)
+    output = torch.empty_like(queries)
+    workspaces: dict[int, SplitWorkspace] = {}
+
+    def launch(tiles: AttentionTiles) -> None:
+        workspace = None
+        if tiles.num_splits > 1:
+            sizes = (num_rows, num_heads, tiles.num_splits, head_dim)
+            workspace = workspaces.setdefault(tiles.num_splits, SplitWorkspace.empty(*sizes, device))
+        decode_attention(
+            output,
+            queries,
+            keys,
+            values,
+            tables,
+            lens,
+            scale=head_dim**-0.5,
+            workspace=workspace,
+            tiles=tiles,
+        )
+
+    default = default_tiles(num_rows, num_kv_heads, head_dim, keys.element_size(), context, num_sms)
+    sizes = (num_heads, num_kv_heads, head_dim)
+    key = attention_key(KERNEL, dtype, cache, num_rows, *sizes, context=context)
+    return Problem(key=key, candidates=candidates(default), launch=launch)
 
 
 def rows_per_tile(group: int) -> int:
@@ -215,6 +310,7 @@ def decode_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     workspace: SplitWorkspace | None = None,
+    tiles: AttentionTiles | None = None,
 ) -> None:
     """Attention of one new token per sequence, whose key is in the cache already. Writes `output_RHD`.
 
@@ -222,7 +318,7 @@ def decode_attention(
     fp8 e4m3, stored divided by `key_scale` and `value_scale`. `lens_R` counts keys of a row, its new one included; a
     row of length 0 gets zeros. Columns of `tables_RM` behind a row's last block are not read. `window` > 0: a token
     sees that many keys, itself included. `soft_cap` > 0: logits become cap × tanh(logit / cap). `workspace` splits
-    contexts into as many parts as it has; None computes each in one.
+    contexts into as many parts as it has; None computes each in one. `tiles` says all but that; None is unmeasured.
     """
     num_rows, num_heads, head_dim = queries_RHD.shape
     check_cache(key_blocks, value_blocks, num_heads, head_dim)
@@ -239,7 +335,9 @@ def decode_attention(
         assert len(outputs) >= num_rows and outputs.shape[1] == num_heads and outputs.shape[3] == head_dim
     factor, cap = score_factors(scale, key_scale, soft_cap)
     window = window or NO_WINDOW
-    tile = tile_constants(head_dim, element_bytes)
+    keys = default_keys(head_dim, element_bytes) if tiles is None else tiles.keys
+    warps, stages = (NUM_WARPS, NUM_STAGES) if tiles is None else (tiles.num_warps, tiles.num_stages)
+    tile = tile_constants(head_dim, keys)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         queries_RHD,
         key_blocks,
@@ -263,8 +361,8 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         HAS_SOFT_CAP=soft_cap > 0,
         SPLIT=workspace is not None,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=warps,
+        num_stages=stages,
         **tile,
     )
     if workspace is not None:
@@ -285,7 +383,7 @@ def decode_attention(
 def _decode_build(
     dtype: str, cache_dtype: str, head_dim: int, group: int, *, split: bool, soft_cap: bool = False
 ) -> KernelBuild:
-    constants = tile_constants(head_dim, TYPE_BYTES[cache_dtype]) | {
+    constants = tile_constants(head_dim, default_keys(head_dim, TYPE_BYTES[cache_dtype])) | {
         "GROUP": group,
         "ROWS": rows_per_tile(group),
         "BLOCK_SIZE": 32,
@@ -309,7 +407,7 @@ def _decode_build(
 
 
 def _join_build(dtype: str, head_dim: int) -> KernelBuild:
-    constants = tile_constants(head_dim, TYPE_BYTES[dtype]) | {"SPLITS": SPLITS_PER_TILE}
+    constants = tile_constants(head_dim, default_keys(head_dim, TYPE_BYTES[dtype])) | {"SPLITS": SPLITS_PER_TILE}
     pointers = {"split_outputs": "fp32", "split_lse": "fp32", "lens": "i32", "output": dtype}
     return KernelBuild(
         name=f"join_splits_{dtype}_d{head_dim}",

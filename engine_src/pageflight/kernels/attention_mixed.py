@@ -11,6 +11,7 @@ depends on T and S only; tiles that no sequence needs end at once.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,13 +25,16 @@ from pageflight.kernels.attention_tile import (
     attend,
     check_cache,
     check_integers,
+    default_keys,
     padded,
     score_factors,
     signature,
     tile_constants,
 )
 from pageflight.kernels.builds import KernelBuild
+from pageflight.kernels.tuning import AttentionTiles, Problem, attention_key, attention_tiles_of
 
+KERNEL = "mixed_attention"
 MIN_ROWS, MAX_ROWS = 16, 128
 MAX_KEYS = 64  # of a tile: scores of more would not fit into registers beside the sums
 
@@ -45,6 +49,54 @@ def rows_per_tile(group: int, max_query_len: int, head_dim: int, element_bytes: 
         most = MIN_ROWS
     wanted = min(padded(max_query_len * group), most)
     return max(MIN_ROWS, padded(group), wanted)
+
+
+def default_tiles(rows: int, head_dim: int, element_bytes: int) -> AttentionTiles:
+    """Unmeasured. `rows`: of a tile; `element_bytes`: of the cache."""
+    keys = default_keys(head_dim, element_bytes, MAX_KEYS)
+    return AttentionTiles(keys=keys, num_warps=num_warps(rows), num_stages=num_stages(head_dim))
+
+
+def candidates(default: AttentionTiles) -> tuple[AttentionTiles, ...]:
+    """Tiles worth measuring."""
+    return tuple(
+        AttentionTiles(keys=keys, num_warps=warps, num_stages=stages)
+        for keys in sorted({max(16, default.keys // 2), default.keys, min(128, 2 * default.keys)})
+        for warps in (4, 8)
+        for stages in (2, 3, 5)
+    )
+
+
+def problem(
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    num_queries: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    device: torch.device,
+    block_size: int = 32,
+) -> Problem:
+    """What `tuning.tune` measures: one chunk of so many queries behind as many keys."""
+    columns = triton.cdiv(2 * num_queries, block_size)
+    shape = (columns, num_kv_heads, block_size, head_dim)
+    keys, values = (torch.zeros(shape, device=device, dtype=torch.float16).to(cache) for _ in "kv")
+    tables = torch.randperm(columns, device=device).to(torch.int32).view(1, columns)
+    begins = torch.tensor([0, num_queries], dtype=torch.int32, device=device)
+    past = torch.full((1,), num_queries, dtype=torch.int32, device=device)
+    queries = torch.zeros(num_queries, num_heads, head_dim, dtype=dtype, device=device)
+    output = torch.empty_like(queries)
+
+    def launch(tiles: AttentionTiles) -> None:
+        scale, longest = head_dim**-0.5, num_queries
+        placed = (tables, begins, past)
+        mixed_attention(output, queries, keys, values, *placed, max_query_len=longest, scale=scale, tiles=tiles)
+
+    rows = rows_per_tile(num_heads // num_kv_heads, num_queries, head_dim, queries.element_size())
+    key = attention_key(KERNEL, dtype, cache, num_queries, num_heads, num_kv_heads, head_dim)
+    default = default_tiles(rows, head_dim, keys.element_size())
+    return Problem(key=key, candidates=candidates(default), launch=launch)
 
 
 def num_warps(rows: int) -> int:
@@ -163,13 +215,15 @@ def mixed_attention(
     soft_cap: float = 0.0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    tiles: AttentionTiles | None = None,
 ) -> None:
     """Causal attention of every sequence's new tokens to its cached ones, the new included. Writes `output_THD`.
 
     Queries of sequence s are `queries_THD[token_begins[s] : token_begins[s + 1]]`, at positions from `past_lens_S[s]`
     on; their keys are in the cache already. Sequences may have no query; tokens from `token_begins[S]` on are padding
-    and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. Types,
-    strides, `window`, `soft_cap` and the scales are those of `decode_attention`.
+    and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. `tiles`
+    None takes those measured on this GPU, else `default_tiles`. Types, strides, `window`, `soft_cap` and the scales are
+    those of `decode_attention`.
     """
     num_tokens, num_heads, head_dim = queries_THD.shape
     check_cache(key_blocks, value_blocks, num_heads, head_dim)
@@ -180,6 +234,10 @@ def mixed_attention(
     num_kv_heads, block_size = key_blocks.shape[1:3]
     group, element_bytes = num_heads // num_kv_heads, key_blocks.element_size()
     rows = rows_per_tile(group, max_query_len, head_dim, queries_THD.element_size())
+    if tiles is None:
+        sizes = (num_heads, num_kv_heads, head_dim)
+        key = attention_key(KERNEL, queries_THD.dtype, key_blocks.dtype, max_query_len, *sizes)
+        tiles = attention_tiles_of(queries_THD.device, key) or default_tiles(rows, head_dim, element_bytes)
     factor, cap = score_factors(scale, key_scale, soft_cap)
     num_tiles = num_tokens // (rows // group) + num_sequences + 1
     mixed_attention_kernel[(num_tiles, num_kv_heads)](
@@ -204,9 +262,9 @@ def mixed_attention(
         ROWS=rows,
         BLOCK_SIZE=block_size,
         HAS_SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps(rows),
-        num_stages=num_stages(head_dim),
-        **tile_constants(head_dim, element_bytes, MAX_KEYS),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **tile_constants(head_dim, tiles.keys),
     )
 
 
@@ -214,7 +272,8 @@ def _build(
     dtype: str, cache_dtype: str, head_dim: int, group: int, max_query_len: int, *, soft_cap: bool = False
 ) -> KernelBuild:
     rows = rows_per_tile(group, max_query_len, head_dim, TYPE_BYTES[dtype])
-    constants = tile_constants(head_dim, TYPE_BYTES[cache_dtype], MAX_KEYS) | {
+    tiles = default_tiles(rows, head_dim, TYPE_BYTES[cache_dtype])
+    constants = tile_constants(head_dim, tiles.keys) | {
         "GROUP": group,
         "ROWS": rows,
         "BLOCK_SIZE": 32,
@@ -228,8 +287,8 @@ def _build(
         kernel=mixed_attention_kernel,
         signature=signature(mixed_attention_kernel.arg_names, pointers, constants),
         constants=constants,
-        num_warps=num_warps(rows),
-        num_stages=num_stages(head_dim),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         min_capability=89 if cache_dtype == "fp8e4nv" else 80,
     )
 

@@ -125,8 +125,11 @@ def signature(names: Sequence[str], pointers: Mapping[str, str], constants: Mapp
     return others | {name: f"*{element}" for name, element in pointers.items() if name not in constants}
 
 
-def tile_constants(head_dim: int, element_bytes: int, max_keys: int = 128) -> dict[str, Any]:
-    """Constants that depend on the head and the bytes of a cached element: tiles of 16 KiB of K, 32 keys at least."""
-    head_pad = padded(head_dim)
-    keys = min(max_keys, max(32, (16 << 10) // (head_pad * element_bytes)))
-    return {"KEYS": keys, "HEAD_DIM": head_dim, "HEAD_PAD": head_pad}
+def default_keys(head_dim: int, element_bytes: int, max_keys: int = 128) -> int:
+    """Unmeasured: keys of a tile of 16 KiB of K, 32 at least."""
+    return min(max_keys, max(32, (16 << 10) // (padded(head_dim) * element_bytes)))
+
+
+def tile_constants(head_dim: int, keys: int) -> dict[str, Any]:
+    """Constants that depend on the head and the keys of a tile."""
+    return {"KEYS": keys, "HEAD_DIM": head_dim, "HEAD_PAD": padded(head_dim)}

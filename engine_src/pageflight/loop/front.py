@@ -13,14 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pageflight.core.errors import (
-    Draining,
-    EngineLost,
-    InvalidArgument,
-    OutOfMemory,
-    PageflightError,
-    PromptTooLong,
-)
+from pageflight.core.errors import Draining, EngineLost, InvalidArgument, PageflightError
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress
@@ -327,8 +320,7 @@ class Front:
             return
         error = error_from_wire(message.error, message.message)
         if leader.is_known and isinstance(error, InvalidArgument):  # it was valid for the core that accepted it
-            reason = OutOfMemory if isinstance(error, PromptTooLong) else EngineLost  # its cache is smaller, or not
-            error = reason(f"the engine core that took over cannot carry the request on: {error}")
+            error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
         self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):

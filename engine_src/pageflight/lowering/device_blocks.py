@@ -16,6 +16,7 @@ from pageflight.kernels.attention_decode import SplitWorkspace, decode_attention
 from pageflight.kernels.attention_mixed import mixed_attention
 from pageflight.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks, staging_shape
 from pageflight.kernels.kv_write import rope_and_write
+from pageflight.kernels.tuning import AttentionTiles
 from pageflight.models.config import DecoderConfig
 
 COPIED_AT_ONCE = 32
@@ -48,6 +49,7 @@ class DeviceInputs:
     max_query_len: int = 1
     take_L: Tensor | None = None
     workspace: SplitWorkspace | None = None
+    tiles: AttentionTiles | None = None  # of decoding; None: unmeasured
 
 
 class DeviceBlocks:
@@ -117,6 +119,7 @@ class DeviceBlocks:
                 inputs.lens_S,
                 scale=self._scale,
                 workspace=inputs.workspace,
+                tiles=inputs.tiles,
             )
         else:
             assert inputs.token_begins is not None and inputs.past_lens_S is not None

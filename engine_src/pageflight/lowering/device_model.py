@@ -19,6 +19,7 @@ from pageflight.lowering.engine_dir import EngineDir
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.ops import Ops
+from pageflight.models.weights import EMBED
 
 COMPUTE = {
     "fp32": torch.float32,
@@ -35,6 +36,11 @@ class DeviceModel(ABC):
 
     def __init__(self, config: DecoderConfig, blocks: DeviceBlocks) -> None:
         self.config, self.blocks, self.device = config, blocks, blocks.device
+
+    @property
+    @abstractmethod
+    def activations(self) -> torch.dtype:
+        """The type of queries, and of what passes between products."""
 
     @abstractmethod
     def forward(self, inputs: DeviceInputs) -> Tensor:
@@ -80,7 +86,12 @@ class KernelModel(DeviceModel):
     ) -> None:
         """`weights`: every one of the definition, on the device."""
         super().__init__(config, blocks)
+        self._activations = weights[EMBED].values.dtype
         self._ops = DeviceOps(config, weights, blocks, num_positions=max_model_len)
+
+    @property
+    def activations(self) -> torch.dtype:
+        return self._activations
 
     @classmethod
     def load(cls, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> KernelModel:

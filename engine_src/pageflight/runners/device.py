@@ -22,9 +22,10 @@ from torch import Tensor
 
 from pageflight.core.errors import OutOfMemory
 from pageflight.core.plan import StepPlan, StepResult
-from pageflight.kernels.attention_decode import SplitWorkspace, choose_num_splits
+from pageflight.kernels.attention_decode import SplitWorkspace, default_tiles, measured_tiles
 from pageflight.kernels.sampling import Workspace, sample
 from pageflight.kernels.step_inputs import append, prepare
+from pageflight.kernels.tuning import AttentionTiles
 from pageflight.lowering.device_blocks import DeviceInputs, first_line, is_shortage
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.runners.base import RunnerLimits
@@ -97,7 +98,7 @@ class DeviceRunner:
         self._wishes = RowWishes(max_num_seqs, model.config.vocab_size, device)
         self._in_flight: deque[_Flight] = deque()
         self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device)
-        self._splits: dict[int, SplitWorkspace | None] = {}
+        self._splits: dict[int, tuple[SplitWorkspace | None, AttentionTiles]] = {}
         self._num_sms = 0
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -182,13 +183,15 @@ class DeviceRunner:
         bucket = len(staged.rows_S)
         ids, positions, slots, lens = (self._integers(bucket) for _ in range(4))
         self._prepare(staged, ids, positions, slots, lens)
+        workspace, tiles = self._splits_of(bucket)
         inputs = DeviceInputs(
             ids_T=ids,
             positions_T=positions,
             slots_T=slots,
             tables_SM=self._tables(staged.rows_S),
             lens_S=lens,
-            workspace=self._splits_of(bucket),
+            workspace=workspace,
+            tiles=tiles,
         )
         return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 
@@ -318,16 +321,21 @@ class DeviceRunner:
         if (sources := plan.copy_sources) is not None and (targets := plan.copy_targets) is not None and sources.size:
             yield lambda: blocks.copy(copied(sources, device), copied(targets, device))
 
-    def _splits_of(self, num_rows: int) -> SplitWorkspace | None:
-        """The workspace for decoding so many rows, made once; None where no context is split."""
+    def _splits_of(self, num_rows: int) -> tuple[SplitWorkspace | None, AttentionTiles]:
+        """How so many rows decode: measured on this card, or estimated; and the workspace for it, made once."""
         if num_rows not in self._splits:
-            config = self._model.config
-            longest = self.limits.max_model_len
-            num_splits = choose_num_splits(num_rows, config.num_kv_heads, longest, self._num_sms)
-            self._splits[num_rows] = None
-            if num_splits > 1:
-                sizes = (num_rows, config.num_heads, num_splits, config.head_dim)
-                self._splits[num_rows] = SplitWorkspace.empty(*sizes, self._device)
+            c, longest, cache = self._model.config, self.limits.max_model_len, self._model.blocks.element
+            measured = measured_tiles(
+                self._model.activations, cache, num_rows, c.num_heads, c.num_kv_heads, c.head_dim, longest, self._device
+            )
+            tiles = measured or default_tiles(
+                num_rows, c.num_kv_heads, c.head_dim, cache.itemsize, longest, self._num_sms
+            )
+            workspace = None
+            if tiles.num_splits > 1:
+                sizes = (num_rows, c.num_heads, tiles.num_splits, c.head_dim)
+                workspace = SplitWorkspace.empty(*sizes, self._device)
+            self._splits[num_rows] = workspace, tiles
         return self._splits[num_rows]
 
 
