@@ -58,9 +58,8 @@ def tune(card: Card, config: DecoderConfig, out: Path | None, limit_s: float = L
 
 def problems(card: Card, config: DecoderConfig) -> Iterator[tuple[str, Callable[[], Problem]]]:
     """(key, what makes the problem): nothing is allocated before its turn."""
-    makers = _decode(card, config), _products(card, config), _prompts(card, config), _mixtures(card, config)
-    for maker in itertools.chain(*makers):
-        yield maker
+    parts = _decode, _products, _prompts, _mixtures
+    yield from itertools.chain.from_iterable(part(card, config) for part in parts)
 
 
 def _decode(card: Card, c: DecoderConfig) -> Iterator[tuple[str, Callable[[], Problem]]]:
@@ -73,8 +72,8 @@ def _decode(card: Card, c: DecoderConfig) -> Iterator[tuple[str, Callable[[], Pr
         key = tuning.attention_key(attention_decode.KERNEL, _compute(card), cache, count, *sizes, context=context)
 
         def make(cache: torch.dtype = cache, count: int = count, context: int = context) -> Problem:
-            options = {"num_sms": sms, "device": card.device}
-            return attention_decode.problem(_compute(card), cache, count, *sizes, context, **options)
+            kinds, device = (_compute(card), cache), card.device
+            return attention_decode.problem(*kinds, count, *sizes, context, num_sms=sms, device=device)
 
         yield key, make
 
@@ -101,18 +100,17 @@ def _products(card: Card, c: DecoderConfig) -> Iterator[tuple[str, Callable[[], 
     for kernel in (gemm_fp8.KERNEL, "gemm_int4", "gemm_int8"):
         if kernel == gemm_fp8.KERNEL and card.capability < 89:
             continue
-        for count, shape in itertools.product(tokens, shapes):
-            if kernel == gemm_fp8.KERNEL:
-                key = tuning.key_of(kernel, compute, count, *shape)
-                yield key, lambda count=count, shape=shape: gemm_fp8.problem(count, *shape, compute, device)
-                continue
+        for count, (outputs, inputs) in itertools.product(tokens, shapes):
             size = group if kernel == "gemm_int4" else 0
-            key = tuning.key_of(kernel, compute, count, *shape, size or shape[1])
+            groups = () if kernel == gemm_fp8.KERNEL else (size or inputs,)
+            key = tuning.key_of(kernel, compute, count, outputs, inputs, *groups)
 
             def make(
-                kernel: str = kernel, count: int = count, shape: tuple[int, int] = shape, size: int = size
+                kernel: str = kernel, count: int = count, outputs: int = outputs, inputs: int = inputs, size: int = size
             ) -> Problem:
-                return gemm_int.problem(kernel, count, *shape, size, compute, device)
+                if kernel == gemm_fp8.KERNEL:
+                    return gemm_fp8.problem(count, outputs, inputs, compute, device)
+                return gemm_int.problem(kernel, count, outputs, inputs, size, compute, device)
 
             yield key, make
 

@@ -115,7 +115,11 @@ def test_without_a_gpu_loading_says_so(checkpoint: Path, tmp_path: Path, monkeyp
     [
         (replace(ENGINE, compute_capability=(90,)), {}, "compute_capability=90"),
         (replace(ENGINE, kv_dtype="fp32"), {}, "kv_dtype='fp32'"),
-        (replace(ENGINE, dtype="bf16", kv_dtype="fp8", compute_capability=(86, 89)), {}, "compute_capability=86: kv_dtype"),
+        (
+            replace(ENGINE, dtype="bf16", kv_dtype="fp8", compute_capability=(86, 89)),
+            {},
+            "=86: kv_dtype fp8 needs 89",
+        ),
         (replace(ENGINE, flavor="full", compute_capability=()), {}, "flavor='full' needs the package tensorrt"),
         (ENGINE, {"deterministic": True}, "deterministic=True"),
     ],

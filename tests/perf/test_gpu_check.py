@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from perf.gpu_check import engine_checks, kernel_checks
+from perf.gpu_check import engine_checks, kernel_checks, tuning_checks
 from perf.gpu_check.card import Card
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
 from perf.gpu_check.tensorrt_checks import tensorrt
+
+from pageflight.kernels import gemm_int, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = Card(torch.device("cpu"))
@@ -37,6 +39,23 @@ def test_steps_and_throughput_are_measured(dtype: str) -> None:
     load = Load(num_prompt=9, num_output=3, num_requests=3)
     (record,) = engine_checks.throughput(CARD, SHAPES["tiny"], dtype, (load,), max_num_seqs=4, max_num_tokens=16)
     assert record["requests"] == 3 and record["out_tok_s"] > 0
+
+
+def test_measured_choices_are_written_where_kernels_look_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured under a key of its own is never read. What is left when time is over is told, and done next."""
+    makers = list(tuning_checks.problems(CARD, SHAPES["tiny"]))
+    assert len({key.split("/")[0] for key, _ in makers}) == 6, "attention of both kinds, products of three, experts"
+    assert all(make().key == key for key, make in makers)
+    assert list(tuning_checks.tune(CARD, SHAPES["tiny"], None, limit_s=0.0))[-1]["left"] == len(makers)
+    few = gemm_int.candidates(16)[:2]
+    monkeypatch.setattr(gemm_int, "candidates", lambda num_tokens: few)
+    monkeypatch.setattr(tuning_checks, "problems", lambda card, config: makers[3:5])
+    *records, last = tuning_checks.tune(CARD, SHAPES["tiny"], tmp_path)
+    assert [record["name"] for record in records] == [key for key, _ in makers[3:5]] and last["left"] == 0
+    assert set(tuning.read(tmp_path / "interpreted.json")) == {key for key, _ in makers[3:5]}
+    assert not (tuning.FOLDER / "interpreted.json").exists(), "times of an interpreter are not for kernels"
 
 
 def test_every_tensorrt_package_gets_an_answer() -> None:

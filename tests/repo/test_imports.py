@@ -62,6 +62,7 @@ IN_PROCESS = {
     "responses.py",
     "survival.py",
     "tensorrt_builds.py",
+    "tuning_checks.py",
     "virtual_engine.py",
 }
 """Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""

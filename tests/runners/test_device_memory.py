@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,10 @@ def plans() -> Iterator[StepPlan]:
 
     yield of(0, [(0, 0, 9)], starts=(starts[0],), **table(0, 4))
     moves = {"copy_out_blocks": [4], "copy_out_slots": [1], "copy_in_slots": [1], "copy_in_blocks": [2]}
-    copies = {name: np.array(ids, np.int32) for name, ids in {**moves, "copy_sources": [2], "copy_targets": [5]}.items()}
+    moves |= {"copy_sources": [2], "copy_targets": [5]}
+    copies = {name: np.array(ids, np.int32) for name, ids in moves.items()}
     changes = {name: np.array(ids, np.int32) for name, ids in {"table_rows": [0, 1], "table_blocks": [5, 1]}.items()}
-    yield of(
-        1, [(0, 9, 1), (1, 0, 5)], starts=(starts[1],), table_columns=np.zeros(2, np.int32), **copies, **changes
-    )
+    yield of(1, [(0, 9, 1), (1, 0, 5)], starts=(starts[1],), table_columns=np.zeros(2, np.int32), **copies, **changes)
     for step in range(2, 5):
         yield of(step, [(0, 8 + step, 1), (1, 3 + step, 1)])
 

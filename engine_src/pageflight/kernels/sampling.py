@@ -8,7 +8,6 @@ order of ids. Both give the same id unless a float32 exponential, rounded differ
 Every row has its own parameters, so one launch serves greedy rows and all others; grids depend on shapes alone.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102
 
 from __future__ import annotations
 

@@ -59,17 +59,23 @@ def packed_lists(sampling: SamplingParams, num_prompt: int, vocab_size: int) -> 
     if not biases and not masks:
         return None
     borders = np.arange(triton.cdiv(vocab_size, CHUNK.value) + 1) * CHUNK.value
-    bias_ids, bias_values, bias_begins = _tiled(
-        np.array([token for token, _ in biases], np.int64), np.array([value for _, value in biases], np.float32), borders
+    ids, values = (
+        np.array([token for token, _ in biases], np.int64),
+        np.array([value for _, value in biases], np.float32),
     )
+    bias_ids, bias_values, bias_begins = _tiled(ids, values, borders)
     masks.sort(key=lambda mask: mask[0])
     mask_ids = np.array([token for token, _, _ in masks], np.int64)
     lengths = np.array([len(before) for _, _, before in masks], np.int64)
-    head = [[len(bias_ids), len(masks)], bias_begins, np.searchsorted(mask_ids, borders)]
-    lists = [bias_ids, bias_values.view(np.int32), mask_ids, [end for _, end, _ in masks]]
-    places = sum(map(len, head)) + sum(map(len, lists)) + 2 * len(masks) + np.cumsum(lengths) - lengths
-    preceding = [token for _, _, before in masks for token in before]
-    return np.concatenate([np.asarray(part, np.int32) for part in (*head, *lists, places, lengths, preceding)])
+    ends = np.array([end for _, end, _ in masks], np.int64)
+    preceding = np.array([token for _, _, before in masks for token in before], np.int64)
+    sizes = np.array([len(bias_ids), len(masks)])
+    parts = [sizes, bias_begins, np.searchsorted(mask_ids, borders)]
+    parts += [bias_ids, bias_values.view(np.int32), mask_ids, ends]
+    first = sum(part.size for part in parts) + 2 * len(masks)
+    parts += [first + np.cumsum(lengths) - lengths, lengths, preceding]
+    packed: Int32Array = np.concatenate([part.astype(np.int32) for part in parts])
+    return packed
 
 
 def packed_counts(token_ids: Int32Array, num_prompt: int) -> tuple[Int32Array, Int32Array]:
@@ -154,7 +160,7 @@ def _mask(scores_line, lists, tokens, num_tokens, chunk, num_chunks, TILE: tl.co
         places = tl.load(ids + 2 * num_masks + entries, mask=inside, other=0)
         lengths = tl.load(ids + 3 * num_masks + entries, mask=inside, other=0)
         is_masked = inside & (num_tokens < until) & (lengths <= num_tokens)
-        for index in range(0, tl.max(lengths, 0)):
+        for index in range(tl.max(lengths, 0)):
             compared = is_masked & (index < lengths)
             wanted = tl.load(lists + places + index, mask=compared, other=0)
             found = tl.load(tokens + num_tokens - lengths + index, mask=compared, other=0)

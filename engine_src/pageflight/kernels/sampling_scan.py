@@ -3,7 +3,6 @@
 L lines of logits, R rows of the batch (line l belongs to row rows_L[l]; -1: to none), V vocabulary, C chunks of a line.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102
 
 from __future__ import annotations
 

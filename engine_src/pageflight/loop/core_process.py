@@ -236,9 +236,7 @@ def _serve(
 
     def report(stats: CoreStats) -> None:
         num_shortages = runner.num_shortages if isinstance(runner, SparingRunner) else 0
-        mailbox.publish_stats(
-            replace(stats, cpu_memory_bytes=_resident_bytes(), memory_shortages=num_shortages)
-        )
+        mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes(), memory_shortages=num_shortages))
 
     trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs * limits.max_in_flight)
     loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)
@@ -247,9 +245,7 @@ def _serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    cache = CacheSize(
-        num_blocks=limits.num_blocks, max_sequence_len=limits.max_model_len, block_size=limits.block_size
-    )
+    cache = CacheSize(num_blocks=limits.num_blocks, max_sequence_len=limits.max_model_len, block_size=limits.block_size)
     reporter.send(Report("ready", cache=cache))
     linger_s = 0.1  # after a failure the next core must not wait for fronts that are behind: they ask again anyway
     try:

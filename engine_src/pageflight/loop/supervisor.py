@@ -198,7 +198,7 @@ class Supervisor:
             return False
         self._cache = cache.shrunk()
         log.warning(
-            "the engine core ran out of memory: the next one has %d blocks instead of %d, for sequences of up to %d tokens",
+            "the engine core ran out of memory: the next has %d blocks, not %d, for sequences of up to %d tokens",
             self._cache.num_blocks,
             cache.num_blocks,
             self._cache.max_sequence_len,

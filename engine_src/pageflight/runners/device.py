@@ -114,12 +114,13 @@ class DeviceRunner:
         """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later."""
         with torch.cuda.stream(self._steps):
             lengths = {length for length in WARM_LENGTHS if length < max_num_tokens} | {max_num_tokens}
+            for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
+                self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), False, False)
+            for length in sorted(lengths):
+                plan = _padding(length)
+                self._mixed(plan, self._rows.stage_mixed(plan, length), False, False)
             for filters, adjusts in product((False, True), repeat=2):
-                for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
-                    self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), filters, adjusts)
-                for length in sorted(lengths):
-                    plan = _padding(length)
-                    self._mixed(plan, self._rows.stage_mixed(plan, length), filters, adjusts)
+                self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, 1), filters, adjusts)
 
     def submit(self, plan: StepPlan) -> None:
         """Apply the plan's differences and begin its forward pass; a plan without rows changes state only.
