@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pageflight.kernels import attention_decode, attention_mixed, gemm_fp8, gemm_int, moe, tuning
+from pageflight.kernels import attention_decode, attention_mixed, attention_tuning, gemm_fp8, gemm_int, moe, tuning
 from pageflight.kernels.tuning import Problem
 from pageflight.models.config import DecoderConfig
 from perf.gpu_check.card import Card, Record
@@ -73,7 +73,7 @@ def _decode(card: Card, c: DecoderConfig) -> Iterator[tuple[str, Callable[[], Pr
 
         def make(cache: torch.dtype = cache, count: int = count, context: int = context) -> Problem:
             kinds, device = (_compute(card), cache), card.device
-            return attention_decode.problem(*kinds, count, *sizes, context, num_sms=sms, device=device)
+            return attention_tuning.decode_problem(*kinds, count, *sizes, context, num_sms=sms, device=device)
 
         yield key, make
 
@@ -84,7 +84,7 @@ def _prompts(card: Card, c: DecoderConfig) -> Iterator[tuple[str, Callable[[], P
         key = tuning.attention_key(attention_mixed.KERNEL, _compute(card), cache, count, *sizes)
 
         def make(cache: torch.dtype = cache, count: int = count) -> Problem:
-            return attention_mixed.problem(_compute(card), cache, count, *sizes, device=card.device)
+            return attention_tuning.prompt_problem(_compute(card), cache, count, *sizes, device=card.device)
 
         yield key, make
 

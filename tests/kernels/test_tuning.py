@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from pageflight.kernels import attention_decode, attention_mixed, gemm_fp8, gemm_int, tuning
+from pageflight.kernels import attention_mixed, attention_tuning, gemm_fp8, gemm_int, tuning
 from pageflight.kernels.tuning import AnyTiles, AttentionTiles, Choice, Problem, Tiles
 from pageflight.lowering.device_weight import DeviceWeight
 
@@ -170,7 +170,7 @@ def test_prompts_attend_as_was_measured_on_the_card(
     fake_gpu: Callable[[dict[str, AnyTiles]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(attention_mixed, "mixed_attention_kernel", monkeypatch)
-    problem = attention_mixed.problem(
+    problem = attention_tuning.prompt_problem(
         torch.float32, torch.float32, 9, 4, 2, 16, device=torch.device("cpu"), block_size=16
     )
     problem.launch(None)
@@ -186,21 +186,21 @@ def test_decoding_splits_as_was_measured_at_a_context_that_is_served(
     """The splits of a longer context than there is would be empty; those of a shorter one are better than none."""
     device, kinds, sizes = torch.device("cpu"), (torch.float16, torch.float8_e4m3fn), (8, 2, 64)
     made = {
-        context: attention_decode.problem(*kinds, 4, *sizes, context, num_sms=4, device=device).key
+        context: attention_tuning.decode_problem(*kinds, 4, *sizes, context, num_sms=4, device=device).key
         for context in (1024, 4096)
     }
     tiles = AttentionTiles(keys=32, num_splits=9, num_warps=8)
-    assert attention_decode.measured_tiles(*kinds, 3, *sizes, 4096, device) is None
+    assert attention_tuning.measured_tiles(*kinds, 3, *sizes, 4096, device) is None
     tuning.stored.cache_clear()
     fake_gpu({made[1024]: replace(tiles, num_splits=5), made[4096]: tiles})
     found = {
-        longest: attention_decode.measured_tiles(*kinds, 3, *sizes, longest, device)
+        longest: attention_tuning.measured_tiles(*kinds, 3, *sizes, longest, device)
         for longest in (1000, 1100, 4095, 4096, 9000)
     }
     splits = {longest: each and each.num_splits for longest, each in found.items()}
     assert splits == {1000: None, 1100: 4, 4095: 5, 4096: 9, 9000: 9}
-    assert attention_decode.measured_tiles(*kinds, 5, *sizes, 4096, device) is None, "for another number of rows"
-    assert attention_decode.measured_tiles(kinds[0], kinds[0], 3, *sizes, 4096, device) is None, "for another cache"
+    assert attention_tuning.measured_tiles(*kinds, 5, *sizes, 4096, device) is None, "for another number of rows"
+    assert attention_tuning.measured_tiles(kinds[0], kinds[0], 3, *sizes, 4096, device) is None, "for another cache"
 
 
 def file_name(gpu_name: str) -> str:

@@ -11,7 +11,6 @@ depends on T and S only; tiles that no sequence needs end at once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +31,7 @@ from pageflight.kernels.attention_tile import (
     tile_constants,
 )
 from pageflight.kernels.builds import KernelBuild
-from pageflight.kernels.tuning import AttentionTiles, Problem, attention_key, attention_tiles_of
+from pageflight.kernels.tuning import AttentionTiles, attention_key, attention_tiles_of
 
 KERNEL = "mixed_attention"
 MIN_ROWS, MAX_ROWS = 16, 128
@@ -55,48 +54,6 @@ def default_tiles(rows: int, head_dim: int, element_bytes: int) -> AttentionTile
     """Unmeasured. `rows`: of a tile; `element_bytes`: of the cache."""
     keys = default_keys(head_dim, element_bytes, MAX_KEYS)
     return AttentionTiles(keys=keys, num_warps=num_warps(rows), num_stages=num_stages(head_dim))
-
-
-def candidates(default: AttentionTiles) -> tuple[AttentionTiles, ...]:
-    """Tiles worth measuring."""
-    return tuple(
-        AttentionTiles(keys=keys, num_warps=warps, num_stages=stages)
-        for keys in sorted({max(16, default.keys // 2), default.keys, min(128, 2 * default.keys)})
-        for warps in (4, 8)
-        for stages in (2, 3, 5)
-    )
-
-
-def problem(
-    dtype: torch.dtype,
-    cache: torch.dtype,
-    num_queries: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    device: torch.device,
-    block_size: int = 32,
-) -> Problem:
-    """What `tuning.tune` measures: one chunk of so many queries behind as many keys."""
-    columns = triton.cdiv(2 * num_queries, block_size)
-    shape = (columns, num_kv_heads, block_size, head_dim)
-    keys, values = (torch.zeros(shape, device=device, dtype=torch.float16).to(cache) for _ in "kv")
-    tables = torch.randperm(columns, device=device).to(torch.int32).view(1, columns)
-    begins = torch.tensor([0, num_queries], dtype=torch.int32, device=device)
-    past = torch.full((1,), num_queries, dtype=torch.int32, device=device)
-    queries = torch.zeros(num_queries, num_heads, head_dim, dtype=dtype, device=device)
-    output = torch.empty_like(queries)
-
-    def launch(tiles: AttentionTiles) -> None:
-        scale, longest = head_dim**-0.5, num_queries
-        placed = (tables, begins, past)
-        mixed_attention(output, queries, keys, values, *placed, max_query_len=longest, scale=scale, tiles=tiles)
-
-    rows = rows_per_tile(num_heads // num_kv_heads, num_queries, head_dim, queries.element_size())
-    key = attention_key(KERNEL, dtype, cache, num_queries, num_heads, num_kv_heads, head_dim)
-    default = default_tiles(rows, head_dim, keys.element_size())
-    return Problem(key=key, candidates=candidates(default), launch=launch)
 
 
 def num_warps(rows: int) -> int:

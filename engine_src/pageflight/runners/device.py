@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pageflight.core.errors import OutOfMemory
 from pageflight.core.plan import StepPlan, StepResult
-from pageflight.kernels.attention_decode import SplitWorkspace, default_tiles, measured_tiles
+from pageflight.kernels.attention_decode import SplitWorkspace, default_tiles
+from pageflight.kernels.attention_tuning import measured_tiles
 from pageflight.kernels.sampling import Workspace, sample
 from pageflight.kernels.step_inputs import append, prepare
 from pageflight.kernels.tuning import AttentionTiles
@@ -113,6 +114,7 @@ class DeviceRunner:
     def warm_up(self, max_num_tokens: int) -> None:
         """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later."""
         with torch.cuda.stream(self._steps):
+            self._rows.warm_up()
             lengths = {length for length in WARM_LENGTHS if length < max_num_tokens} | {max_num_tokens}
             for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), False, False)
