@@ -27,7 +27,7 @@ from pageflight.lowering import device_blocks
 from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
-from pageflight.runners import device_factory
+from pageflight.runners import device, device_factory, device_rows
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.local import LocalRunner
 from pageflight.sched.scheduler import Scheduler
@@ -173,6 +173,30 @@ def test_decode_steps_are_cut_as_was_measured_on_the_card(
     assert launches and set(launches) == {(tiles, 3)}
 
 
+def test_rows_that_decode_beside_chunks_are_split_where_their_contexts_are_long(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with a chunk are most of a busy server's: one program per long row made the whole step wait."""
+    requests = [asked(0, 45, max_tokens=5), asked(1, 7, max_tokens=4), asked(2, 50, max_tokens=2)]
+    expected = serve(engine_dir, requests, max_num_tokens=40)
+    tiles = AttentionTiles(keys=16, num_splits=2, num_warps=4, num_stages=1)
+    monkeypatch.setattr(device, "default_tiles", lambda *sizes: tiles)
+    for module in (device, device_blocks, device_rows):
+        monkeypatch.setattr(module, "LONG_CONTEXT", 46)
+    lens: list[list[int]] = []
+    attend = device_blocks.decode_attention
+
+    def spy(*tensors: torch.Tensor, **settings: Any) -> None:
+        if settings.get("tokens_R") is not None:
+            lens.append(tensors[5].tolist())
+        attend(*tensors, **settings)
+
+    monkeypatch.setattr(device_blocks, "decode_attention", spy)
+    runner = runner_of(engine_dir, num_blocks=40)
+    assert served_on_device(runner, requests, ahead=True)[0] == expected.ids
+    assert any(sum(length > 0 for length in each) and 0 in each for each in lens), "rows of both kinds in a step"
+
+
 def test_an_answer_that_a_bad_word_would_complete_goes_another_way(engine_dir: Path) -> None:
     """The device knows the tail of a row's tokens, those of a step whose ids the host has not seen included."""
     free = [asked(number, 9 + number, max_tokens=6) for number in range(2)]
@@ -258,15 +282,15 @@ def test_blocks_come_back_from_the_host_and_are_copied(
         max_num_seqs=8,
         max_model_len=MAX_LEN,
     )
-    device = runner_of(engine_dir, num_blocks=8, num_host_blocks=4)
+    on_device = runner_of(engine_dir, num_blocks=8, num_host_blocks=4)
     prompt = np.array(asked(0, 40).prompt_ids, np.int32)
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=9)
     known = list(prompt)
 
     def both(plan: StepPlan) -> list[int]:
-        for runner in (local, device):
+        for runner in (local, on_device):
             runner.submit(plan)
-        (ids, others) = (runner.collect().sampled_ids.tolist() for runner in (local, device))
+        (ids, others) = (runner.collect().sampled_ids.tolist() for runner in (local, on_device))
         assert ids == others
         return ids
 

@@ -93,6 +93,7 @@ def mixed_attention_kernel(
     window,
     num_tokens,
     num_sequences,
+    most_keys,
     stride_query_token,
     stride_query_head,
     stride_block,
@@ -119,7 +120,9 @@ def mixed_attention_kernel(
     query_end = tl.load(token_begins + sequence + 1).to(tl.int32)
     query_end = tl.where(is_sequence, query_end, num_tokens)
     first_query = query_begin + (tile - query_begin // QUERIES - found) * QUERIES
-    if first_query < query_end:
+    # A row that decodes behind more keys is somebody else's.
+    is_left = is_sequence & (query_end - query_begin == 1) & (tl.load(past_lens + sequence).to(tl.int32) >= most_keys)
+    if (first_query < query_end) & (not is_left):
         row, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
         query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
         real = (row < QUERIES * GROUP) & (query < query_end)
@@ -173,13 +176,15 @@ def mixed_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     tiles: AttentionTiles | None = None,
+    most_keys: int = NO_WINDOW,
 ) -> None:
     """Causal attention of every sequence's new tokens to its cached ones, the new included. Writes `output_THD`.
 
     Queries of sequence s are `queries_THD[token_begins[s] : token_begins[s + 1]]`, at positions from `past_lens_S[s]`
     on; their keys are in the cache already. Sequences may have no query; tokens from `token_begins[S]` on are padding
     and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. `tiles`
-    None takes those measured on this GPU, else `default_tiles`. Types, strides, `window`, `soft_cap` and the scales are
+    None takes those measured on this GPU, else `default_tiles`. Sequences of one query that sees more than `most_keys`
+    keys are left alone: `decode_attention` splits their contexts. Types, strides, `window`, `soft_cap` and the scales are
     those of `decode_attention`.
     """
     num_tokens, num_heads, head_dim = queries_THD.shape
@@ -211,6 +216,7 @@ def mixed_attention(
         window or NO_WINDOW,
         num_tokens,
         num_sequences,
+        most_keys,
         *queries_THD.stride()[:2],
         *key_blocks.stride()[:3],
         tables_SM.stride(0),

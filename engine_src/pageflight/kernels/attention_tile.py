@@ -27,9 +27,9 @@ LOG2_E = math.log2(math.e)
 FLOATS = {"score_factor", "soft_cap", "value_scale", "inverse_key_scale", "inverse_value_scale"}
 TYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8e4nv": 1}
 NUM_STAGES = 5  # K and V wait for block ids: that takes five to have a tile on its way while another is multiplied
-COUNTS = ["num_tokens", "num_sequences", "num_splits", "window"]
+COUNTS = ["num_tokens", "num_sequences", "num_splits", "window", "most_keys"]
 """Arguments that change while serving: a kernel made for their value would be compiled in the middle of it."""
-INDICES = ["tables", "lens", "token_begins", "past_lens", "positions", "slots", "source_ids", "target_ids"]
+INDICES = ["tables", "lens", "tokens", "token_begins", "past_lens", "positions", "slots", "source_ids", "target_ids"]
 """Pointers that may be parts of a buffer, at any element."""
 NO_WINDOW = 2**31 - 1  # larger than any context, and subtracting it from a position still fits 32 bits
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pageflight.core.errors import ConfigError, OutOfMemory
 from pageflight.kernels.attention_decode import SplitWorkspace, decode_attention
 from pageflight.kernels.attention_mixed import mixed_attention
+from pageflight.kernels.attention_tile import NO_WINDOW
 from pageflight.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks, staging_shape
 from pageflight.kernels.kv_write import rope_and_write
 from pageflight.kernels.tuning import AttentionTiles
@@ -21,6 +22,8 @@ from pageflight.models.config import DecoderConfig
 
 COPIED_AT_ONCE = 32
 """Blocks that are copied to the host or back together: their staging buffer takes memory that nobody reserved."""
+LONG_CONTEXT = 512
+"""Keys of a row that decodes beside chunks, from which on its context is split: one program would read all of it."""
 KV_ELEMENTS = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -36,7 +39,8 @@ class DeviceInputs:
 
     A pass with `lens_S` decodes: one token a row, `lens_S` keys that it sees, its own included (0: padding). A pass
     with `token_begins` [S + 1] and `past_lens_S` may have chunks of at most `max_query_len` tokens. `take_L` picks the
-    tokens whose logits are wanted; None takes all.
+    tokens whose logits are wanted; None takes all. `long_lens_S`: in a pass with chunks, the keys that rows of one token
+    see which sees more than `LONG_CONTEXT`; 0 for others. Their contexts are split by `workspace`.
     """
 
     ids_T: Tensor
@@ -48,6 +52,7 @@ class DeviceInputs:
     past_lens_S: Tensor | None = None
     max_query_len: int = 1
     take_L: Tensor | None = None
+    long_lens_S: Tensor | None = None
     workspace: SplitWorkspace | None = None
     tiles: AttentionTiles | None = None  # of decoding; None: unmeasured
 
@@ -133,7 +138,21 @@ class DeviceBlocks:
                 inputs.past_lens_S,
                 max_query_len=inputs.max_query_len,
                 scale=self._scale,
+                most_keys=NO_WINDOW if inputs.long_lens_S is None else LONG_CONTEXT,
             )
+            if inputs.long_lens_S is not None:
+                decode_attention(
+                    attended,
+                    queries,
+                    keys,
+                    values,
+                    inputs.tables_SM,
+                    inputs.long_lens_S,
+                    scale=self._scale,
+                    workspace=inputs.workspace,
+                    tiles=inputs.tiles,
+                    tokens_R=inputs.token_begins[:-1],
+                )
         return attended.flatten(1)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:

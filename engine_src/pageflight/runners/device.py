@@ -27,7 +27,7 @@ from pageflight.kernels.attention_tuning import measured_tiles
 from pageflight.kernels.sampling import Workspace, sample
 from pageflight.kernels.step_inputs import append, prepare
 from pageflight.kernels.tuning import AttentionTiles
-from pageflight.lowering.device_blocks import DeviceInputs, first_line, is_shortage
+from pageflight.lowering.device_blocks import LONG_CONTEXT, DeviceInputs, first_line, is_shortage
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device_graphs import Graphs
@@ -121,6 +121,9 @@ class DeviceRunner:
             for length in sorted(lengths):
                 plan = _padding(length)
                 self._mixed(plan, self._rows.stage_mixed(plan, length), False, False)
+            if self.limits.max_model_len > LONG_CONTEXT:
+                plan = replace(_padding(1), starts_at=np.full(1, LONG_CONTEXT, np.int32))
+                self._mixed(plan, self._rows.stage_mixed(plan, 1), False, False)
             for filters, adjusts in product((False, True), repeat=2):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, 1), filters, adjusts)
 
@@ -202,6 +205,9 @@ class DeviceRunner:
         """Tokens of rows as planned, from their rows to the results of those that sample."""
         ids, positions, slots = (self._integers(plan.num_tokens) for _ in range(3))
         self._prepare(staged, ids, positions, slots, None)
+        workspace, tiles = None, None
+        if staged.long_lens_S is not None:
+            workspace, tiles = self._splits_of(self._graphs.bucket_of(plan.rows.size))
         inputs = DeviceInputs(
             ids_T=ids,
             positions_T=positions,
@@ -211,6 +217,9 @@ class DeviceRunner:
             past_lens_S=staged.starts_S,
             max_query_len=int(plan.lengths.max()),
             take_L=staged.take_L,
+            long_lens_S=None if workspace is None else staged.long_lens_S,
+            workspace=workspace,
+            tiles=tiles,
         )
         return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pageflight.core.plan import RowStart, StepPlan
 from pageflight.kernels.sampling import RowParameters
 from pageflight.kernels.step_inputs import fill, scatter
+from pageflight.lowering.device_blocks import LONG_CONTEXT
 from pageflight.runners.device_wishes import Wishes
 
 Int32Array = NDArray[np.int32]
@@ -36,6 +37,7 @@ class StagedStep:
     token_begins: Tensor | None = None  # [S + 1]
     sequences_T: Tensor | None = None
     take_L: Tensor | None = None
+    long_lens_S: Tensor | None = None  # of rows that decode behind more than `LONG_CONTEXT` keys; None: no such row
 
 
 class DeviceRows:
@@ -63,9 +65,9 @@ class DeviceRows:
         self._parameters_at = ((floats_at, floats.size // max_num_seqs), (integers_at, integers.size // max_num_seqs))
         self.num_tokens_R = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._starts_at = _rounded(max_num_seqs)
-        num_staged = 5 * max_num_seqs + 1 + max_num_tokens
+        num_staged = 6 * max_num_seqs + 1 + max_num_tokens
         num_changes = 2 * MAX_CHANGES + 2 * RUNS_OF_A_START * max_num_seqs + 1 + MAX_CHANGES
-        self._staging = _Staging(12 * ROUND + num_staged + num_changes, device)
+        self._staging = _Staging(13 * ROUND + num_staged + num_changes, device)
         self._pairs: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
         self._runs: dict[int, Int32Array] = {}  # where consecutive words begin, and their values
 
@@ -97,6 +99,7 @@ class DeviceRows:
         """A step with chunks, exactly as planned."""
         begins = np.zeros(plan.rows.size + 1, np.int32)
         np.cumsum(plan.lengths, out=begins[1:])
+        is_long = (plan.lengths == 1) & (plan.starts_at >= LONG_CONTEXT)
         parts = (
             plan.rows,
             plan.starts_at.astype(np.int32),
@@ -104,10 +107,12 @@ class DeviceRows:
             plan.rows[plan.samples],
             (begins[1:] - 1)[plan.samples],
             np.repeat(np.arange(plan.rows.size, dtype=np.int32), plan.lengths),
+            np.where(is_long, plan.starts_at + 1, 0).astype(np.int32),
         )
-        rows, starts, token_begins, sample_rows, take, sequences = self._stage(parts)
+        rows, starts, token_begins, sample_rows, take, sequences, long_lens = self._stage(parts)
         assert len(sequences) == num_tokens
-        return StagedStep(rows, starts, sample_rows, token_begins, sequences, take)
+        has_long = bool(is_long.any())
+        return StagedStep(rows, starts, sample_rows, token_begins, sequences, take, long_lens if has_long else None)
 
     def warm_up(self) -> None:
         """Launch what applies changes, while no row is held."""
