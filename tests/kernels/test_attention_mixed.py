@@ -59,7 +59,9 @@ def check(
         most_keys=most_keys or NO_WINDOW,
     )
     if most_keys:
-        are_long = [length == 1 and past_len >= most_keys for length, past_len in zip(query_lens, past_lens, strict=True)]
+        are_long = [
+            length == 1 and past_len >= most_keys for length, past_len in zip(query_lens, past_lens, strict=True)
+        ]
         left = [begin for begin, is_long in zip(begins, are_long, strict=False) if is_long]
         assert left and bool(output[left].isnan().all()) and not bool(output[: begins[-1]].isnan().all())
         decode_attention(
