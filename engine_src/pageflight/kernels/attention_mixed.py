@@ -184,8 +184,8 @@ def mixed_attention(
     on; their keys are in the cache already. Sequences may have no query; tokens from `token_begins[S]` on are padding
     and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. `tiles`
     None takes those measured on this GPU, else `default_tiles`. Sequences of one query that sees more than `most_keys`
-    keys are left alone: `decode_attention` splits their contexts. Types, strides, `window`, `soft_cap` and the scales are
-    those of `decode_attention`.
+    keys are left alone: `decode_attention` splits their contexts. Types, strides, `window`, `soft_cap` and the scales
+    are those of `decode_attention`.
     """
     num_tokens, num_heads, head_dim = queries_THD.shape
     check_cache(key_blocks, value_blocks, num_heads, head_dim)

@@ -39,8 +39,8 @@ class DeviceInputs:
 
     A pass with `lens_S` decodes: one token a row, `lens_S` keys that it sees, its own included (0: padding). A pass
     with `token_begins` [S + 1] and `past_lens_S` may have chunks of at most `max_query_len` tokens. `take_L` picks the
-    tokens whose logits are wanted; None takes all. `long_lens_S`: in a pass with chunks, the keys that rows of one token
-    see which sees more than `LONG_CONTEXT`; 0 for others. Their contexts are split by `workspace`.
+    tokens whose logits are wanted; None takes all. `long_lens_S`: in a pass with chunks, the keys of rows of one
+    token that see more than `LONG_CONTEXT`, 0 for all others; `workspace` splits their contexts.
     """
 
     ids_T: Tensor
