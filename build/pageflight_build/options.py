@@ -14,7 +14,7 @@ FLAVORS = ("rtx", "full")
 WEIGHTS = ("input", "constant")
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 GROUPED_DTYPES = ("int8", "int4")
-KV_DTYPES = ("fp32", "fp16", "bf16", "u8")
+KV_DTYPES = ("fp32", "fp16", "bf16", "fp8", "u8")
 RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

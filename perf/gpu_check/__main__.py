@@ -29,6 +29,7 @@ from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
 from perf.gpu_check.tensorrt_flavors import in_folder
+from perf.gpu_check.tuning_checks import tune
 
 BATCHES = (1, 8, 32, 128, 256)
 LOADS = (
@@ -43,7 +44,8 @@ TINY_LOADS = (Load(num_prompt=9, num_output=3, num_requests=3),)
 class Parts:
     """What can be asked for; every public method is a part."""
 
-    def __init__(self, card: Card, shape: str) -> None:
+    def __init__(self, card: Card, shape: str, out: Path | None) -> None:
+        self._out = out
         self._card, self._config, self._is_tiny = card, SHAPES[shape], shape == "tiny"
 
     def kernels(self) -> Iterable[Record]:
@@ -63,6 +65,9 @@ class Parts:
 
     def throughput_bf16(self) -> Iterable[Record]:
         return self._throughput("bf16")
+
+    def tune(self) -> Iterable[Record]:
+        return tune(self._card, self._config, self._out)
 
     def tensorrt(self) -> Iterable[Record]:
         return in_folder(tensorrt_checks.answers, self._card)
@@ -101,11 +106,12 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here (torch.cuda.is_available() is False); --device cpu tries the checks themselves")
     card = Card(torch.device(options.device))
-    part: Callable[[], Iterable[Record]] = getattr(Parts(card, "llama-3.1-8b" if card.is_gpu else "tiny"), options.part)
+    folder = options.out or (Path("perf/results") if card.is_gpu else None)
+    parts = Parts(card, "llama-3.1-8b" if card.is_gpu else "tiny", folder)
+    part: Callable[[], Iterable[Record]] = getattr(parts, options.part)
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     facts: Record = {"part": options.part, "date": date, **card.facts()}
     print(json.dumps(facts, default=str))
-    folder = options.out or (Path("perf/results") if card.is_gpu else None)
     records, begin_s = [], time.perf_counter()
     for record in part():
         print("  " + "  ".join(f"{name}={value}" for name, value in record.items()), flush=True)

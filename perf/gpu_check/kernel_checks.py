@@ -45,7 +45,8 @@ class Checks:
             *({"name": f"product {dtype}", "operations_s": rate} for dtype, rate in self.rates.items()),
             self.norm(),
             self.activation(),
-            self.decode(),
+            self.decode(self.compute),
+            *([self.decode(torch.float8_e4m3fn)] if self.card.capability >= 89 else []),
             self.prefill(),
         ]
         for tokens in (1, 32, self.tokens):
@@ -67,8 +68,9 @@ class Checks:
         moved = 3 * gate_up.numel() // 2 * gate_up.element_size()
         return self._record("silu_mul", silu_mul(gate_up), functional.silu(gate) * up, lambda: silu_mul(gate_up), moved)
 
-    def decode(self) -> Record:
-        keys, values, tables = self._cache(self.rows, self.context)
+    def decode(self, cache: torch.dtype) -> Record:
+        wide_keys, wide_values, tables = self._cache(self.rows, self.context)
+        keys, values = wide_keys.to(cache), wide_values.to(cache)
         queries = self._random(self.rows, self.heads, self.head_dim)
         lens = torch.full((self.rows,), self.context, dtype=torch.int32, device=self.device)
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if self.card.is_gpu else 4
@@ -80,9 +82,10 @@ class Checks:
             decode_attention(out, queries, keys, values, tables, lens, scale=self.head_dim**-0.5, workspace=workspace)
 
         call()
-        expected = self._attend(queries[:, None], keys, values, tables)[:, 0]
+        stored = keys.to(self.compute), values.to(self.compute)
+        expected = self._attend(queries[:, None], *stored, tables)[:, 0]
         moved = 2 * self.rows * self.context * self.kv_heads * self.head_dim * keys.element_size()
-        record = self._record("decode_attention", out.clone(), expected, call, moved)
+        record = self._record(f"decode_attention {keys.dtype}", out.clone(), expected, call, moved)
         return {**record, "rows": self.rows, "context": self.context, "splits": splits}
 
     def prefill(self) -> Record:

@@ -90,6 +90,14 @@ def test_the_reference_engine_has_every_precision(
     assert manifest.kv_dtype == ("fp16" if dtype == "fp16" else "fp32")
 
 
+def test_an_fp8_cache_is_for_gpus(checkpoint: Path, tmp_path: Path) -> None:
+    """The reference has it too, so that the build can verify the engine; OpenVINO's attention has not."""
+    result = build(options(checkpoint, tmp_path / "repo", engine=EngineOptions(engine="torch", kv_dtype="fp8")))
+    assert EngineManifest.read(result.engine_dir).kv_dtype == "fp8"
+    with pytest.raises(ConfigError, match="kv_dtype='fp8': supported with dtype 'bf16' here are"):
+        build(options(checkpoint, tmp_path / "other", engine=EngineOptions(dtype="bf16", kv_dtype="fp8")))
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])
 def test_openvino_refuses_precisions_it_does_not_have(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     """A precision that is emulated in silence is slower than none."""

@@ -175,6 +175,11 @@ def test_without_a_gpu_loading_says_so(checkpoint: Path, tmp_path: Path, monkeyp
         (replace(ENGINE, compute_capability=(90,)), {}, "compute_capability=90"),
         (replace(ENGINE, kv_dtype="fp32"), {}, "kv_dtype='fp32'"),
         (FULL, {}, "flavor='full' needs the package tensorrt"),
+        (
+            replace(ENGINE, dtype="bf16", kv_dtype="fp8", compute_capability=(86, 89)),
+            {},
+            "=86: kv_dtype fp8 needs 89",
+        ),
         (ENGINE, {"deterministic": True}, "deterministic=True"),
     ],
 )

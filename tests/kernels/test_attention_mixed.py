@@ -8,8 +8,9 @@ import pytest
 import reference_attention as reference
 import torch
 
-from pageflight.kernels.attention_decode import decode_attention
+from pageflight.kernels.attention_decode import SplitWorkspace, decode_attention
 from pageflight.kernels.attention_mixed import mixed_attention, rows_per_tile
+from pageflight.kernels.attention_tile import NO_WINDOW
 
 FP32, FP16, FP8 = torch.float32, torch.float16, torch.float8_e4m3fn
 TOLERANCE = {FP32: 5e-6, FP16: 3e-3}
@@ -31,6 +32,7 @@ def check(
     soft_cap: float = 0.0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    most_keys: int = 0,
 ) -> None:
     """Compare every sequence; the output is NaN before, and so are the queries of padding tokens."""
     generator = torch.Generator().manual_seed(sum(past_lens) + head_dim)
@@ -54,7 +56,27 @@ def check(
         soft_cap=soft_cap,
         key_scale=key_scale,
         value_scale=value_scale,
+        most_keys=most_keys or NO_WINDOW,
     )
+    if most_keys:
+        are_long = [
+            length == 1 and past_len >= most_keys for length, past_len in zip(query_lens, past_lens, strict=True)
+        ]
+        left = [begin for begin, is_long in zip(begins, are_long, strict=False) if is_long]
+        assert left and bool(output[left].isnan().all()) and not bool(output[: begins[-1]].isnan().all())
+        decode_attention(
+            output,
+            queries,
+            cache.key_blocks,
+            cache.value_blocks,
+            cache.tables_SM,
+            torch.tensor([length * is_long for length, is_long in zip(lens, are_long, strict=True)], dtype=torch.int32),
+            scale=head_dim**-0.5,
+            window=window,
+            soft_cap=soft_cap,
+            workspace=SplitWorkspace.empty(len(lens) + 2, num_kv_heads * group, 3, head_dim, torch.device("cpu")),
+            tokens_R=torch.tensor(begins[:-1], dtype=torch.int32),
+        )
     for sequence, (begin, end) in enumerate(pairwise(begins)):
         keys, values = cache.context(sequence, lens[sequence])
         expected = reference.attention(
@@ -152,3 +174,11 @@ def test_one_token_gets_what_decode_attention_gives_it() -> None:
     past_lens = torch.tensor(lens) - 1
     mixed_attention(mixed, queries, *blocks, torch.arange(4), past_lens, max_query_len=1, scale=0.2, window=50)
     torch.testing.assert_close(mixed, decoded, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_rows_that_decode_behind_long_contexts_are_split_by_the_other_kernel(window: int) -> None:
+    """Each was one program that read all of its context while the chunks had long been done. Neither kernel may touch
+    what is the other's, and nobody's is left out: a chunk of one token, a row with exactly as many keys, padding."""
+    query_lens, past_lens = [1, 20, 1, 1, 3, 1], [90, 100, 63, 64, 70, 0]
+    check(query_lens, past_lens, most_keys=64, window=window, num_padding=2)

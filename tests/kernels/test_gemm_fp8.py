@@ -7,7 +7,7 @@ import reference_dense as reference
 import torch
 from torch import Tensor
 
-from pageflight.kernels import gemm_fp8
+from pageflight.kernels import gemm_fp8, tuning
 from pageflight.kernels.tuning import Choice, Tiles
 
 SMALL = Tiles(block_t=16, block_n=16, block_k=32)
@@ -97,7 +97,7 @@ def test_measured_tiles_come_before_the_default(monkeypatch: pytest.MonkeyPatch)
         used.append(1)
         return {"gemm_fp8/float32/t16/16x64": Choice(tiles=tiles, microseconds=1.0)}
 
-    monkeypatch.setattr(gemm_fp8, "stored", stored)
+    monkeypatch.setattr(tuning, "stored", stored)
     x, weight, x_scale, weight_scale = operands(3, 16, 64)
     too_small = torch.empty(2 * 3 * 16 - 1)
     with pytest.raises(AssertionError):  # only a split product looks at its workspace

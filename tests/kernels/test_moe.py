@@ -5,7 +5,7 @@ import reference_dense as reference
 import torch
 from torch import Tensor
 
-from pageflight.kernels import moe, moe_order
+from pageflight.kernels import moe, moe_order, tuning
 from pageflight.kernels.tuning import Choice, Tiles
 
 SMALL = Tiles(block_t=16, block_n=16, block_k=32)
@@ -164,7 +164,7 @@ def test_what_is_measured_is_what_will_be_looked_up(monkeypatch: pytest.MonkeyPa
         def get(self, key: str, default: object = None) -> None:  # type: ignore[override]
             asked.append(key)
 
-    monkeypatch.setattr(moe, "stored", lambda device: Nothing())
+    monkeypatch.setattr(tuning, "stored", lambda device: Nothing())
     problem = moe.problem(3, 4, 2, 16, 16, torch.float32, "cpu")
     problem.launch(None)
     assert asked == [problem.key] == ["moe/float32/t16/2x4x32x16"]

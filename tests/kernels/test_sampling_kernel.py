@@ -13,7 +13,9 @@ import triton.language as tl
 from pageflight.core.plan import RowStart
 from pageflight.core.request import SamplingParams
 from pageflight.kernels import sampling
+from pageflight.kernels.sampling_adjust import packed_counts, packed_lists
 from pageflight.kernels.sampling_rows import uniform_of
+from pageflight.sampling.adjustments import has_penalties
 from pageflight.sampling.philox import uniforms
 from pageflight.sampling.sampler import Sampler
 
@@ -29,36 +31,45 @@ class Both:
         self.sampler = Sampler(max_num_seqs=len(rows), vocab_size=vocab)
         self.tokens_RM = np.zeros((len(rows), MAX_LEN), np.int32)
         self.num_tokens_R = np.zeros(len(rows), np.int32)
-        num_listed = max(len(row.logit_bias) for row in rows)
-        self.parameters = sampling.RowParameters.empty(
-            len(rows), vocab, "cpu", num_listed=num_listed, penalties=any(map(_penalises, rows))
-        )
+        self.parameters = sampling.RowParameters.empty(len(rows), "cpu")
         self.workspace = sampling.Workspace(len(rows), vocab, "cpu")
+        self.lists: list[torch.Tensor | None] = []
+        self.counts: list[torch.Tensor | None] = []
         for row, (params, (prompt, output)) in enumerate(zip(rows, tokens, strict=True)):
             ids = np.array([*prompt, *output], np.int32)
             self.tokens_RM[row, : ids.size], self.num_tokens_R[row] = ids, ids.size
             self.sampler.start(RowStart(row, row, row % 3, ids, len(prompt), params))
-            bias = params.logit_bias
-            floats, integers = sampling.packed(params, sequence_index=row % 3, num_listed=len(bias))
+            packed = packed_lists(params, len(prompt), vocab)
+            self.lists.append(None if packed is None else torch.from_numpy(packed))
+            self.counts.append(None)
+            if has_penalties(params):
+                counted, times = packed_counts(ids, len(prompt))
+                self.counts[row] = torch.zeros(vocab, dtype=torch.int32)
+                self.counts[row][torch.from_numpy(counted).long()] = torch.from_numpy(times)
+            floats, integers = sampling.packed(
+                params, sequence_index=row % 3, lists=self.lists[row], counts=self.counts[row]
+            )
             self.parameters.floats[row], self.parameters.integers[row] = floats, integers
-            if bias:
-                assert self.parameters.listed_ids is not None and self.parameters.listed_values is not None
-                self.parameters.listed_ids[row, : len(bias)] = torch.tensor([token for token, _ in bias])
-                self.parameters.listed_values[row, : len(bias)] = torch.tensor([value for _, value in bias])
-            if self.parameters.counts is not None:
-                sampling.start_counts(self.parameters.counts[row], torch.from_numpy(ids).long(), len(prompt))
+
+    def sample(self, logits_LV: torch.Tensor, rows_L: torch.Tensor, **promises: bool) -> sampling.Sampled:
+        """By the kernels."""
+        state, num_tokens_R = torch.from_numpy(self.tokens_RM).flatten(), torch.from_numpy(self.num_tokens_R)
+        return sampling.sample(
+            logits_LV,
+            rows_L,
+            state,
+            num_tokens_R,
+            self.parameters,
+            self.workspace,
+            stride_tokens=MAX_LEN,
+            **promises,
+        )
 
     def step(self, logits_LV: FloatArray, rows: list[int] | None = None) -> tuple[list[int], list[int], FloatArray]:
         """Ids of the host, ids of the kernels, and the kernels' log probabilities."""
         rows_L = np.arange(len(logits_LV), dtype=np.int32) if rows is None else np.array(rows, np.int32)
         expected, log_probs = self.sampler.sample(logits_LV, rows_L, self.tokens_RM, self.num_tokens_R)
-        found = sampling.sample(
-            torch.from_numpy(logits_LV),
-            torch.from_numpy(rows_L),
-            torch.from_numpy(self.num_tokens_R),
-            self.parameters,
-            self.workspace,
-        )
+        found = self.sample(torch.from_numpy(logits_LV), torch.from_numpy(rows_L))
         self.tokens_RM[rows_L, self.num_tokens_R[rows_L]] = expected
         self.num_tokens_R[rows_L] += 1
         assert not found.are_bad_L.any()
@@ -66,10 +77,6 @@ class Both:
             asked = ~np.isnan(log_probs)
             np.testing.assert_allclose(found.log_probs_L.numpy()[asked], log_probs[asked], rtol=1e-5, atol=2e-6)
         return expected.tolist(), found.ids_L.tolist(), found.log_probs_L.numpy()
-
-
-def _penalises(row: SamplingParams) -> bool:
-    return (row.repetition_penalty, row.presence_penalty, row.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def random_logits(num_lines: int, vocab: int, seed: int = 0, spread: float = 2.0) -> FloatArray:
@@ -172,13 +179,12 @@ def test_counts_follow_what_is_sampled_and_begin_with_what_a_row_brings() -> Non
     """A resumed row that starts from zero may repeat what it was told to avoid."""
     rows = [SamplingParams(presence_penalty=1.0), SamplingParams()]
     both = Both(rows, 10, [([3, 4, 3], [4, 6, 6]), ([3], [])])
-    assert both.parameters.counts is not None
-    assert both.parameters.counts[0].tolist() == [0, 0, 0, 1, 3, 0, 4, 0, 0, 0]
+    assert both.counts[0] is not None and both.counts[1] is None, "a row without penalties has no counts"
+    assert both.counts[0].tolist() == [0, 0, 0, 1, 3, 0, 4, 0, 0, 0]
     logits = np.zeros((2, 10), np.float32)
     logits[:, 8] = 1.0
     both.step(logits)
-    assert both.parameters.counts[0].tolist() == [0, 0, 0, 1, 3, 0, 4, 0, 2, 0]
-    assert int(both.parameters.counts[1, 8]) == 0, "nobody reads the counts of a row without penalties"
+    assert both.counts[0].tolist() == [0, 0, 0, 1, 3, 0, 4, 0, 2, 0]
 
 
 def test_where_nothing_is_allowed_the_logits_count_unchanged() -> None:
@@ -208,13 +214,12 @@ def test_bad_lines_are_flagged_and_disturb_no_other(bad: float | str) -> None:
     logits[::2] = logits[::2] if not isinstance(bad, str) else -np.inf
     if not isinstance(bad, str):
         logits[::2, 4150] = bad
-    arguments = (torch.arange(8, dtype=torch.int32), torch.from_numpy(both.num_tokens_R))
-    found = sampling.sample(torch.from_numpy(logits), *arguments, both.parameters, both.workspace)
+    found = both.sample(torch.from_numpy(logits), torch.arange(8, dtype=torch.int32))
     assert found.are_bad_L.tolist() == [True, False] * 4
     assert bool(found.log_probs_L.isnan()[::2].all()) and not bool(found.log_probs_L.isnan()[1::2].any())
     assert bool(((found.ids_L >= 0) & (found.ids_L < vocab)).all()), "an id beyond the vocabulary reads other memory"
-    assert both.parameters.counts is not None
-    assert both.parameters.counts[6].sum() == 2 and both.parameters.counts[7].sum() == 4
+    assert both.counts[6] is not None and both.counts[7] is not None
+    assert both.counts[6].sum() == 2 and both.counts[7].sum() == 4
     expected, _ = both.sampler.sample(good[1::2], np.arange(1, 8, 2, dtype=np.int32), both.tokens_RM, both.num_tokens_R)
     assert found.ids_L[1::2].tolist() == expected.tolist()
 
@@ -225,12 +230,12 @@ def test_lines_of_no_row_are_left_out() -> None:
     logits = torch.full((4, 20), float("nan"))
     logits[2] = torch.from_numpy(random_logits(1, 20))[0]
     rows = torch.tensor([-1, -1, 0, -1], dtype=torch.int32)
-    workspace = sampling.Workspace(4, 20, "cpu")
-    found = sampling.sample(logits, rows, torch.from_numpy(both.num_tokens_R), both.parameters, workspace)
+    both.workspace = sampling.Workspace(4, 20, "cpu")
+    found = both.sample(logits, rows)
     expected, _ = both.sampler.sample(logits[2:3].numpy(), np.zeros(1, np.int32), both.tokens_RM, both.num_tokens_R)
     assert found.ids_L.tolist() == [0, 0, int(expected[0]), 0]
     assert not found.are_bad_L.any()
-    assert both.parameters.counts is not None and both.parameters.counts[1].sum() == 2
+    assert both.counts[1] is not None and both.counts[1].sum() == 2
 
 
 def test_a_line_gets_the_same_id_in_any_company_and_order() -> None:
@@ -251,30 +256,51 @@ def test_logits_in_half_precision_and_part_of_wider_lines() -> None:
     both, wide = Both(rows, 100), torch.zeros(len(rows), 160, dtype=torch.float16)
     wide[:, :100] = torch.from_numpy(random_logits(len(rows), 100)).half()
     wide[:, 100:] = 100.0
-    arguments = (torch.arange(len(rows), dtype=torch.int32), torch.from_numpy(both.num_tokens_R))
-    found = sampling.sample(wide[:, :100], *arguments, both.parameters, both.workspace).ids_L.tolist()
+    found = both.sample(wide[:, :100], torch.arange(len(rows), dtype=torch.int32)).ids_L.tolist()
     expected, also, _ = both.step(wide[:, :100].float().numpy())
     assert found == also == expected
 
 
-def test_rows_without_penalties_lists_and_filters_need_neither_their_memory_nor_their_kernels() -> None:
+def test_rows_without_lists_counts_and_filters_need_none_of_their_kernels() -> None:
     rows = [replace(DRAWN, seed=3), SamplingParams()]
     both = Both(rows, 70)
     logits = random_logits(2, 70)
-    lean = sampling.Workspace(2, 70, "cpu", adjusts=False)
-    arguments = (torch.arange(2, dtype=torch.int32), torch.from_numpy(both.num_tokens_R))
-    found = sampling.sample(torch.from_numpy(logits), *arguments, both.parameters, lean, filters=False)
+    rows_L = torch.arange(2, dtype=torch.int32)
+    found = both.sample(torch.from_numpy(logits), rows_L, filters=False, adjusts=False)
     assert found.ids_L.tolist() == both.step(logits)[0]
-    with pytest.raises(AssertionError, match="no room"):
-        penalised = Both([SamplingParams(presence_penalty=1.0)] * 2, 70)
-        sampling.sample(torch.from_numpy(logits), *arguments, penalised.parameters, lean)
+
+
+def test_every_list_is_obeyed_wherever_its_ids_are() -> None:
+    """Borders of chunks and tiles, ids named twice or unknown, words longer than the row, and a minimum that passes."""
+    vocab = 4300
+    rng = np.random.default_rng(3)
+    tokens = [([1, 2, 3], [4, 5]), ([7, 8] * 9, [4097, 4095, 4096])]
+    many = tuple((int(token), float(rng.normal())) for token in rng.integers(-5, vocab + 5, 700))
+    whole = tuple((token, float(value)) for token, value in enumerate(rng.normal(size=vocab)))
+    words = ((4, 5, 6), (5, 6), (5, 4099), (4, 6, 4098), (4095, 4096, 4200), (7, 8, 1), (4294,), (5, 9999), (-1,))
+    stops = {"stop_token_ids": (6, 4200, 9999), "min_tokens": 4}
+    kinds = [
+        SamplingParams(logit_bias=((4095, 3.0), (4096, 1e-8), (4096, 4.0), (4096, -1e-8), (-1, 9.0), (9999, 9.0))),
+        SamplingParams(logit_bias=many),
+        replace(DRAWN, logit_bias=whole, bad_words_ids=words),
+        SamplingParams(bad_words_ids=words),
+        SamplingParams(**stops),
+        replace(DRAWN, **stops, bad_words_ids=words, logit_bias=many, frequency_penalty=0.7, repetition_penalty=1.2),
+    ]
+    rows = [replace(kind, seed=number) for number, kind in enumerate(kinds * 2)]
+    both = Both(rows, vocab, [tokens[number // len(kinds)] for number in range(len(rows))])
+    for step in range(4):
+        logits = random_logits(len(rows), vocab, seed=step, spread=1.0)
+        logits[:, [6, 4098, 4099, 4200, 4294]] += 7.0 + rng.normal(size=(len(rows), 5)).astype(np.float32)
+        expected, found, _ = both.step(logits)
+        assert found == expected, step
 
 
 def test_no_lines_are_no_launch() -> None:
     """A grid of nothing is an error of CUDA."""
     both = Both([DRAWN], 10)
     empty = torch.empty(0, dtype=torch.int32)
-    found = sampling.sample(torch.empty(0, 10), empty, torch.ones(1).int(), both.parameters, both.workspace)
+    found = both.sample(torch.empty(0, 10), empty)
     assert found.ids_L.shape == (0,)
 
 

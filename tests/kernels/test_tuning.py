@@ -1,14 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import triton
 
-from pageflight.kernels import tuning
-from pageflight.kernels.tuning import Choice, Problem, Tiles
+from pageflight.kernels import attention_mixed, attention_tuning, gemm_fp8, gemm_int, tuning
+from pageflight.kernels.tuning import AnyTiles, AttentionTiles, Choice, Problem, Tiles
+from pageflight.lowering.device_weight import DeviceWeight
 
 SMALL, LARGE = Tiles(block_t=16, block_n=16, block_k=32), Tiles(block_t=64, block_n=64, block_k=64, split_k=2)
 
@@ -64,7 +68,8 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     first, second = FakeCard({None: 1.5, SMALL: 2.0}), FakeCard({LARGE: 4.25})
     problems = [first.problem("b"), second.problem("a")]
     timers = iter([first.timer, first.timer, second.timer])
-    choices = tuning.tune(problems, gpu_name="NVIDIA X1", folder=tmp_path, timer=lambda call: next(timers)(call))
+    timer = lambda call: next(timers)(call)  # noqa: E731
+    choices = dict(tuning.tune(problems, gpu_name="NVIDIA X1", folder=tmp_path, timer=timer))
     assert choices == {"b": Choice(tiles=None, microseconds=1.5), "a": Choice(tiles=LARGE, microseconds=4.25)}
     assert tuning.read(tmp_path / "nvidia-x1.json") == choices
     tuning.write(tmp_path / "nvidia-x1.json", "NVIDIA X1", {"a": Choice(tiles=SMALL, microseconds=1.0)})
@@ -76,7 +81,7 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
 def test_an_interrupted_measurement_keeps_what_it_has(tmp_path: Path) -> None:
     card, broken = FakeCard({SMALL: 1.0}), FakeCard({SMALL: RuntimeError("unplugged")})
     with pytest.raises(RuntimeError):
-        tuning.tune([card.problem("a"), broken.problem("b")], gpu_name="X", folder=tmp_path, timer=card.timer)
+        list(tuning.tune([card.problem("a"), broken.problem("b")], gpu_name="X", folder=tmp_path, timer=card.timer))
     assert set(tuning.read(tmp_path / "x.json")) == {"a"}
 
 
@@ -102,6 +107,100 @@ def test_the_file_of_a_card_is_found_by_its_name(tmp_path: Path, monkeypatch: py
     assert tuning.stored(torch.device("cuda:0"))["a"].tiles == SMALL
     assert not tuning.stored(torch.device("cuda:1")) and not tuning.stored(torch.device("cpu"))
     tuning.stored.cache_clear()
+
+
+@pytest.fixture
+def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, AnyTiles]], None]]:
+    """Writes the file of a card that this machine's processor takes itself for."""
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "Fake X9")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+
+    def write(tiles: dict[str, AnyTiles]) -> None:
+        choices = {key: Choice(tiles=each, microseconds=1.0) for key, each in tiles.items()}
+        tuning.write(tuning.file_of("Fake X9"), "Fake X9", choices)
+
+    tuning.stored.cache_clear()
+    yield write
+    tuning.stored.cache_clear()
+
+
+class Spy:
+    """Stands for a kernel and keeps the grids and constants of its launches."""
+
+    def __init__(self, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[dict[str, Any]] = []
+        self._kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: object, **constants: object) -> None:
+            self.launches.append({"grid": grid, **constants})
+            self._kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+OTHER = Tiles(block_t=32, block_n=16, block_k=16, split_k=2, num_warps=8, num_stages=1)
+
+
+@pytest.mark.parametrize("form", ["F8_E4M3", "I8", "I4"])
+def test_a_weight_is_multiplied_as_was_measured_on_the_card(
+    form: str, fake_gpu: Callable[[dict[str, AnyTiles]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is written one way and looked up in another leaves every measurement unused, in silence."""
+    kernels = {"F8_E4M3": (gemm_fp8, gemm_fp8.KERNEL), "I8": (gemm_int, "gemm_int8"), "I4": (gemm_int, "gemm_int4")}
+    module, kernel = kernels[form]
+    x, codes = torch.randn(3, 64), torch.randint(-7, 8, (48, 64), dtype=torch.int8)
+    values = {"F8_E4M3": codes.float().to(torch.float8_e4m3fn), "I8": codes, "I4": gemm_int.pack_int4(codes)}[form]
+    scales = torch.ones(48) if form == "F8_E4M3" else torch.ones(48, 1)
+    weight = DeviceWeight(form, values, scales)
+    spy = Spy(module, "_gemm_fp8_kernel" if form == "F8_E4M3" else "_gemm_int_kernel", monkeypatch)
+    expected = weight.product(x, None)
+    sizes = (48, 64) if form == "F8_E4M3" else (48, 64, 64)
+    fake_gpu({tuning.key_of(kernel, torch.float32, 3, *sizes): OTHER})
+    torch.testing.assert_close(weight.product(x, None), expected, rtol=1e-4, atol=1e-4)
+    before, after = spy.launches
+    found = {name: after[name.upper()] for name in ("block_t", "block_n", "split_k")}
+    assert found == {"block_t": 32, "block_n": 16, "split_k": 2} and after["num_warps"] == 8
+    assert {name: before[name.upper()] for name in found} != found, "the choice must differ from the default"
+    assert after["BLOCK_K"] == (32 if form == "I4" else 16)
+
+
+def test_prompts_attend_as_was_measured_on_the_card(
+    fake_gpu: Callable[[dict[str, AnyTiles]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(attention_mixed, "mixed_attention_kernel", monkeypatch)
+    problem = attention_tuning.prompt_problem(
+        torch.float32, torch.float32, 9, 4, 2, 16, device=torch.device("cpu"), block_size=16
+    )
+    problem.launch(None)
+    fake_gpu({problem.key: AttentionTiles(keys=16, num_warps=2, num_stages=1)})
+    problem.launch(None)
+    before, after = ((launch["KEYS"], launch["num_warps"]) for launch in spy.launches)
+    assert before == (64, 4) and after == (16, 2)
+
+
+def test_decoding_splits_as_was_measured_at_a_context_that_is_served(
+    fake_gpu: Callable[[dict[str, AnyTiles]], None],
+) -> None:
+    """The splits of a longer context than there is would be empty; those of a shorter one are better than none."""
+    device, kinds, sizes = torch.device("cpu"), (torch.float16, torch.float8_e4m3fn), (8, 2, 64)
+    made = {
+        context: attention_tuning.decode_problem(*kinds, 4, *sizes, context, num_sms=4, device=device).key
+        for context in (1024, 4096)
+    }
+    tiles = AttentionTiles(keys=32, num_splits=9, num_warps=8)
+    assert attention_tuning.measured_tiles(*kinds, 3, *sizes, 4096, device) is None
+    tuning.stored.cache_clear()
+    fake_gpu({made[1024]: replace(tiles, num_splits=5), made[4096]: tiles})
+    found = {
+        longest: attention_tuning.measured_tiles(*kinds, 3, *sizes, longest, device)
+        for longest in (1000, 1100, 4095, 4096, 9000)
+    }
+    splits = {longest: each and each.num_splits for longest, each in found.items()}
+    assert splits == {1000: None, 1100: 4, 4095: 5, 4096: 9, 9000: 9}
+    assert attention_tuning.measured_tiles(*kinds, 5, *sizes, 4096, device) is None, "for another number of rows"
+    assert attention_tuning.measured_tiles(kinds[0], kinds[0], 3, *sizes, 4096, device) is None, "for another cache"
 
 
 def file_name(gpu_name: str) -> str:

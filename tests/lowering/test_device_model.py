@@ -10,6 +10,7 @@ from pageflight.lowering.base import StepInputs
 from pageflight.lowering.device_blocks import DeviceInputs
 from pageflight.lowering.device_model import DeviceModel, KernelModel
 from pageflight.lowering.engine_dir import open_engine
+from pageflight.lowering.torch_cache import BlockCache
 from pageflight.lowering.torch_lowering import TorchLowering
 
 
@@ -59,7 +60,8 @@ def pair(workshop, shape, **precision):
     """Drivers of the reference and of the device's model on one engine."""
     reference = workshop.driver(shape, "torch", **precision)
     dtype, group_size = precision.get("dtype", "fp32"), precision.get("group_size", 0)
-    folder = workshop.engine(shape, TorchLowering(), dtype, "fp32", group_size, precision.get("input_scale"))
+    kv_dtype = precision.get("kv_dtype", "fp32")
+    folder = workshop.engine(shape, TorchLowering(), dtype, kv_dtype, group_size, precision.get("input_scale"))
     model = KernelModel.load(open_engine(folder, "torch"), torch.device("cpu"), torch.float32)
     model.blocks.allocate(reference.num_blocks)
     return reference, type(reference)(HostDriven(model))
@@ -107,3 +109,44 @@ def test_quantised_products_are_the_references(workshop, random_ids, precision):
     most = 0.25 if precision["dtype"] == "fp8" else 1e-3
     assert difference(drivers, {"a": random_ids(5, 1), "b": random_ids(2, 2)}) < most
     assert difference(drivers, {"a": [7], "b": [8]}) < most
+
+
+def test_an_fp8_cache_is_the_references(workshop, random_ids, rounds_to_e4m3):
+    """Written and read by both attentions, shared and copied: rounded once, to e4m3 at scale 1. Both may round a key to
+    codes beside each other; a cache that was never rounded has no error at all."""
+    drivers = pair(workshop, "gqa", kv_dtype="fp8")
+    steps = ({"a": random_ids(37, 1), "b": random_ids(3, 2)}, {"a": [7], "b": random_ids(30, 3)}, {"a": [8], "b": [9]})
+    exact = workshop.driver("gqa", "torch")
+    for step in steps:
+        expected, found, wide = (driver.step(step) for driver in (*drivers, exact))
+        for name in expected:
+            deviation = wide[name].std()
+            assert np.abs(expected[name] - found[name]).max() < 0.05 * deviation
+            assert 1e-3 < np.abs(expected[name] - wide[name]).mean() / deviation < 0.1
+    for driver in drivers:
+        driver.fork("a", "e")
+    assert difference(drivers, {"a": [8], "e": [11]}) < 0.1
+
+
+def test_values_beyond_e4m3_are_its_greatest(workshop):
+    """Without a limit they are NaN, in the reference and on the card."""
+    config = workshop.driver("gqa", "torch").model._config
+    cache = BlockCache(config, "fp8", 1, 32)
+    heads = torch.full((1, config.num_kv_heads, config.head_dim), 1000.0)
+    place = torch.tensor([0]), torch.tensor([3])
+    cache.write(0, place, heads, -heads)
+    keys, values = cache.read(0, torch.tensor([[0]]), torch.float32)
+    assert bool((keys[0, :, 3] == 448).all()) and bool((values[0, :, 3] == -448).all())
+
+
+def test_an_element_of_an_fp8_cache_is_one_byte(workshop):
+    """Capacity is computed from this number. A cache is never wider than the activations that fill it."""
+    sizes = {}
+    for dtype, kv_dtype in (("fp32", "fp8"), ("fp32", "fp32"), ("int8", "fp32")):
+        folder = workshop.engine("quantisable", TorchLowering(), dtype, kv_dtype)
+        sizes[dtype, kv_dtype] = KernelModel.load(open_engine(folder, "torch"), torch.device("cpu")).blocks
+    config = sizes["fp32", "fp8"].config
+    elements = 2 * config.num_layers * config.num_kv_heads * 32 * config.head_dim
+    assert [blocks.bytes_per_block for blocks in sizes.values()] == [elements, 4 * elements, 2 * elements]
+    reference = workshop.driver("quantisable", "torch", "fp32", "fp8").model
+    assert reference.kv_bytes_per_block == elements

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments
+from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments, tuning_checks
 from perf.gpu_check.card import Card
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
 from perf.gpu_check.network_walk import WalkedSegments
 from perf.gpu_check.tensorrt_flavors import in_folder
+
+from pageflight.kernels import gemm_int, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = Card(torch.device("cpu"))
@@ -75,6 +77,23 @@ def test_layers_are_timed_and_captured_steps_compared() -> None:
         "graphs rtx input",
         "graphs rtx constant",
     ]
+
+
+def test_measured_choices_are_written_where_kernels_look_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured under a key of its own is never read. What is left when time is over is told, and done next."""
+    makers = list(tuning_checks.problems(CARD, SHAPES["tiny"]))
+    assert len({key.split("/")[0] for key, _ in makers}) == 6, "attention of both kinds, products of three, experts"
+    assert all(make().key == key for key, make in makers)
+    assert list(tuning_checks.tune(CARD, SHAPES["tiny"], None, limit_s=0.0))[-1]["left"] == len(makers)
+    few = gemm_int.candidates(16)[:2]
+    monkeypatch.setattr(gemm_int, "candidates", lambda num_tokens: few)
+    monkeypatch.setattr(tuning_checks, "problems", lambda card, config: makers[3:5])
+    *records, last = tuning_checks.tune(CARD, SHAPES["tiny"], tmp_path)
+    assert [record["name"] for record in records] == [key for key, _ in makers[3:5]] and last["left"] == 0
+    assert set(tuning.read(tmp_path / "interpreted.json")) == {key for key, _ in makers[3:5]}
+    assert not (tuning.FOLDER / "interpreted.json").exists(), "times of an interpreter are not for kernels"
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:

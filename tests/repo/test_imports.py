@@ -68,6 +68,7 @@ IN_PROCESS = {
     "tensorrt_models.py",
     "tensorrt_networks.py",
     "tensorrt_segments.py",
+    "tuning_checks.py",
     "virtual_engine.py",
 }
 """Benchmarks of a part alone, or with a part that costs nothing; everything else in perf/ is a client."""

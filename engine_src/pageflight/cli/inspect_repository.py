@@ -89,7 +89,7 @@ def damaged(folder: Path, manifest: EngineManifest) -> list[str]:
 def _show(repository: Path, folder: Path, manifest: EngineManifest) -> None:
     model = manifest.model
     groups = f", groups of {manifest.quant_group_size}" if manifest.quant_group_size else ""
-    kv_bytes = {"fp32": 4, "bf16": 2, "u8": 1}[manifest.kv_dtype]
+    kv_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "u8": 1}[manifest.kv_dtype]
     per_token = 2 * int(model["num_layers"]) * int(model["num_kv_heads"]) * int(model["head_dim"]) * kv_bytes
     rows: list[tuple[str, Any]] = [
         ("engine", f"{folder.relative_to(repository)}" if folder != repository else "."),

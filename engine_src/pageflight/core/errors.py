@@ -91,6 +91,10 @@ class ManifestMismatch(PageflightError):
     """An engine built for another machine, version or format than this runtime."""
 
 
+class OutOfMemory(PageflightError):
+    """A device has not the memory that a step, or the start of an engine, needs."""
+
+
 class ConfigError(PageflightError):
     """A configuration value that cannot work."""
 
@@ -117,6 +121,7 @@ STATUS: dict[type[PageflightError], ErrorStatus] = {
     StubLost: ErrorStatus("UNAVAILABLE", 503),
     CheckpointError: ErrorStatus("INVALID_ARG", 400),
     ManifestMismatch: ErrorStatus("INVALID_ARG", 400),
+    OutOfMemory: ErrorStatus("UNAVAILABLE", 503),
     ConfigError: ErrorStatus("INVALID_ARG", 400),
 }
 

@@ -36,7 +36,7 @@ class EngineManifest:
     family: str
     lowering: str  # torch | openvino | tensorrt
     dtype: str  # fp32 | fp16 | bf16 | fp8 | int8 | int4
-    kv_dtype: str  # fp32 | fp16 | bf16 | u8
+    kv_dtype: str  # fp32 | fp16 | bf16 | fp8 | u8
     quant_group_size: int = 0  # 0: one scale per output channel
     block_size: int
     max_model_len: int

@@ -42,4 +42,5 @@ class CoreStats:
     blocks_copied_out: int = 0
     blocks_copied_in: int = 0
     cancellations: int = 0
+    memory_shortages: int = 0  # steps that ran only after something was given up
     refusals: dict[str, int] = field(default_factory=dict)  # by reason

@@ -28,13 +28,16 @@ from pageflight.kernels.attention_tile import (
     attend,
     check_cache,
     check_integers,
+    default_keys,
     padded,
     score_factors,
     signature,
     tile_constants,
 )
 from pageflight.kernels.builds import KernelBuild
+from pageflight.kernels.tuning import AttentionTiles
 
+KERNEL = "decode_attention"
 MIN_ROWS = 16  # of a tile: the least that a tensor core multiplies
 MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 256  # below that, joining costs more than waiting
@@ -74,6 +77,18 @@ def choose_num_splits(num_rows: int, num_kv_heads: int, max_context_len: int, nu
     return max(1, min(wanted, max_context_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
+def default_tiles(
+    num_rows: int, num_kv_heads: int, head_dim: int, element_bytes: int, max_context_len: int, num_sms: int
+) -> AttentionTiles:
+    """Unmeasured: by the number of multiprocessors."""
+    return AttentionTiles(
+        keys=default_keys(head_dim, element_bytes),
+        num_splits=choose_num_splits(num_rows, num_kv_heads, max_context_len, num_sms),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
 def rows_per_tile(group: int) -> int:
     return max(MIN_ROWS, padded(group))
 
@@ -97,6 +112,7 @@ def decode_attention_kernel(
     output,
     split_outputs,
     split_lse,
+    tokens,
     score_factor,
     soft_cap,
     value_scale,
@@ -121,6 +137,11 @@ def decode_attention_kernel(
 ):
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + row).to(tl.int32)
+    token = row
+    if tokens is not None:
+        if length == 0:
+            return
+        token = tl.load(tokens + row).to(tl.int64)
     first, begin, keys_per_split = split_context(length, window, num_splits, KEYS)
     start = begin + split * keys_per_split
     end = tl.minimum(start + keys_per_split, length)
@@ -128,7 +149,7 @@ def decode_attention_kernel(
     member, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
     head = kv_head * GROUP + member
     wanted = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    place = row * stride_query_row + head[:, None] * stride_query_head + dims[None, :]
+    place = token * stride_query_row + head[:, None] * stride_query_head + dims[None, :]
     weighted, maximum, total = attend(
         tl.load(queries + place, mask=wanted, other=0.0),
         tl.zeros((ROWS,), tl.int32) + first,
@@ -157,7 +178,7 @@ def decode_attention_kernel(
         tl.store(split_outputs + part[:, None] * HEAD_DIM + dims[None, :], result, mask=wanted & used)
         tl.store(split_lse + part, lse, mask=(member < GROUP) & used)
     else:
-        place = row * stride_output_row + head[:, None] * stride_output_head + dims[None, :]
+        place = token * stride_output_row + head[:, None] * stride_output_head + dims[None, :]
         tl.store(output + place, result.to(output.dtype.element_ty), mask=wanted)
 
 
@@ -166,6 +187,7 @@ def join_splits_kernel(
     split_outputs,
     split_lse,
     lens,
+    tokens,
     output,
     window,
     num_splits,
@@ -178,6 +200,11 @@ def join_splits_kernel(
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lens + row).to(tl.int32)
+    token = row
+    if tokens is not None:
+        if length == 0:
+            return
+        token = tl.load(tokens + row).to(tl.int64)
     _, begin, keys_per_split = split_context(length, window, num_splits, KEYS)
     num_used = tl.cdiv(length - begin, keys_per_split)
     dims = tl.arange(0, HEAD_PAD)
@@ -197,7 +224,7 @@ def join_splits_kernel(
         total = total * decay + tl.sum(weights, 0)
         maximum = new_maximum
     result = weighted / tl.where(total == 0.0, 1.0, total)
-    place = row * stride_output_row + head * stride_output_head + dims
+    place = token * stride_output_row + head * stride_output_head + dims
     tl.store(output + place, result.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
@@ -215,6 +242,8 @@ def decode_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     workspace: SplitWorkspace | None = None,
+    tiles: AttentionTiles | None = None,
+    tokens_R: Tensor | None = None,
 ) -> None:
     """Attention of one new token per sequence, whose key is in the cache already. Writes `output_RHD`.
 
@@ -222,13 +251,14 @@ def decode_attention(
     fp8 e4m3, stored divided by `key_scale` and `value_scale`. `lens_R` counts keys of a row, its new one included; a
     row of length 0 gets zeros. Columns of `tables_RM` behind a row's last block are not read. `window` > 0: a token
     sees that many keys, itself included. `soft_cap` > 0: logits become cap × tanh(logit / cap). `workspace` splits
-    contexts into as many parts as it has; None computes each in one.
+    contexts into as many parts as it has; None computes each in one. `tiles` says all but that; None is unmeasured.
+    `tokens_R`: where the rows' tokens are among more queries; rows of length 0 are left alone then.
     """
-    num_rows, num_heads, head_dim = queries_RHD.shape
+    (_, num_heads, head_dim), num_rows = queries_RHD.shape, len(lens_R)
     check_cache(key_blocks, value_blocks, num_heads, head_dim)
     check_integers(tables_RM, lens_R)
     assert output_RHD.shape == queries_RHD.shape and queries_RHD.stride(2) == output_RHD.stride(2) == 1
-    assert len(tables_RM) == len(lens_R) == num_rows
+    assert len(tables_RM) == num_rows == len(queries_RHD if tokens_R is None else tokens_R)
     num_kv_heads, block_size = key_blocks.shape[1:3]
     group, element_bytes = num_heads // num_kv_heads, key_blocks.element_size()
     if workspace is None:
@@ -239,7 +269,9 @@ def decode_attention(
         assert len(outputs) >= num_rows and outputs.shape[1] == num_heads and outputs.shape[3] == head_dim
     factor, cap = score_factors(scale, key_scale, soft_cap)
     window = window or NO_WINDOW
-    tile = tile_constants(head_dim, element_bytes)
+    keys = default_keys(head_dim, element_bytes) if tiles is None else tiles.keys
+    warps, stages = (NUM_WARPS, NUM_STAGES) if tiles is None else (tiles.num_warps, tiles.num_stages)
+    tile = tile_constants(head_dim, keys)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         queries_RHD,
         key_blocks,
@@ -249,6 +281,7 @@ def decode_attention(
         output_RHD,
         outputs,
         lse,
+        tokens_R,
         factor,
         cap,
         value_scale,
@@ -263,8 +296,8 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         HAS_SOFT_CAP=soft_cap > 0,
         SPLIT=workspace is not None,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=warps,
+        num_stages=stages,
         **tile,
     )
     if workspace is not None:
@@ -272,6 +305,7 @@ def decode_attention(
             outputs,
             lse,
             lens_R,
+            tokens_R,
             output_RHD,
             window,
             num_splits,
@@ -283,9 +317,16 @@ def decode_attention(
 
 
 def _decode_build(
-    dtype: str, cache_dtype: str, head_dim: int, group: int, *, split: bool, soft_cap: bool = False
+    dtype: str,
+    cache_dtype: str,
+    head_dim: int,
+    group: int,
+    *,
+    split: bool,
+    soft_cap: bool = False,
+    among: bool = False,
 ) -> KernelBuild:
-    constants = tile_constants(head_dim, TYPE_BYTES[cache_dtype]) | {
+    constants = tile_constants(head_dim, default_keys(head_dim, TYPE_BYTES[cache_dtype])) | {
         "GROUP": group,
         "ROWS": rows_per_tile(group),
         "BLOCK_SIZE": 32,
@@ -294,9 +335,11 @@ def _decode_build(
     }
     if not split:
         constants |= {"split_outputs": None, "split_lse": None}
+    if not among:
+        constants |= {"tokens": None}
     pointers = {"queries": dtype, "keys": cache_dtype, "values": cache_dtype, "output": dtype}
-    pointers |= {"tables": "i32", "lens": "i32", "split_outputs": "fp32", "split_lse": "fp32"}
-    form = ("_split" if split else "") + ("_soft_cap" if soft_cap else "")
+    pointers |= {"tables": "i32", "lens": "i32", "tokens": "i32", "split_outputs": "fp32", "split_lse": "fp32"}
+    form = ("_split" if split else "") + ("_soft_cap" if soft_cap else "") + ("_among" if among else "")
     return KernelBuild(
         name=f"decode_attention_{dtype}_cache_{cache_dtype}_d{head_dim}_g{group}{form}",
         kernel=decode_attention_kernel,
@@ -309,7 +352,8 @@ def _decode_build(
 
 
 def _join_build(dtype: str, head_dim: int) -> KernelBuild:
-    constants = tile_constants(head_dim, TYPE_BYTES[dtype]) | {"SPLITS": SPLITS_PER_TILE}
+    constants = tile_constants(head_dim, default_keys(head_dim, TYPE_BYTES[dtype])) | {"SPLITS": SPLITS_PER_TILE}
+    constants |= {"tokens": None}
     pointers = {"split_outputs": "fp32", "split_lse": "fp32", "lens": "i32", "output": dtype}
     return KernelBuild(
         name=f"join_splits_{dtype}_d{head_dim}",
@@ -324,6 +368,7 @@ BUILDS = (
     _decode_build("bf16", "bf16", 128, 4, split=True),
     _decode_build("bf16", "bf16", 128, 4, split=False),
     _decode_build("bf16", "fp8e4nv", 128, 8, split=True),
+    _decode_build("bf16", "bf16", 128, 4, split=True, among=True),
     _decode_build("fp16", "fp16", 64, 8, split=True),
     _decode_build("bf16", "bf16", 256, 2, split=True, soft_cap=True),
     _decode_build("bf16", "bf16", 80, 1, split=True),

@@ -24,13 +24,16 @@ from pageflight.kernels.attention_tile import (
     attend,
     check_cache,
     check_integers,
+    default_keys,
     padded,
     score_factors,
     signature,
     tile_constants,
 )
 from pageflight.kernels.builds import KernelBuild
+from pageflight.kernels.tuning import AttentionTiles, attention_key, attention_tiles_of
 
+KERNEL = "mixed_attention"
 MIN_ROWS, MAX_ROWS = 16, 128
 MAX_KEYS = 64  # of a tile: scores of more would not fit into registers beside the sums
 
@@ -45,6 +48,12 @@ def rows_per_tile(group: int, max_query_len: int, head_dim: int, element_bytes: 
         most = MIN_ROWS
     wanted = min(padded(max_query_len * group), most)
     return max(MIN_ROWS, padded(group), wanted)
+
+
+def default_tiles(rows: int, head_dim: int, element_bytes: int) -> AttentionTiles:
+    """Unmeasured. `rows`: of a tile; `element_bytes`: of the cache."""
+    keys = default_keys(head_dim, element_bytes, MAX_KEYS)
+    return AttentionTiles(keys=keys, num_warps=num_warps(rows), num_stages=num_stages(head_dim))
 
 
 def num_warps(rows: int) -> int:
@@ -84,6 +93,7 @@ def mixed_attention_kernel(
     window,
     num_tokens,
     num_sequences,
+    most_keys,
     stride_query_token,
     stride_query_head,
     stride_block,
@@ -110,7 +120,9 @@ def mixed_attention_kernel(
     query_end = tl.load(token_begins + sequence + 1).to(tl.int32)
     query_end = tl.where(is_sequence, query_end, num_tokens)
     first_query = query_begin + (tile - query_begin // QUERIES - found) * QUERIES
-    if first_query < query_end:
+    # A row that decodes behind more keys is somebody else's.
+    is_left = is_sequence & (query_end - query_begin == 1) & (tl.load(past_lens + sequence).to(tl.int32) >= most_keys)
+    if (first_query < query_end) & (not is_left):
         row, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
         query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
         real = (row < QUERIES * GROUP) & (query < query_end)
@@ -163,13 +175,17 @@ def mixed_attention(
     soft_cap: float = 0.0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    tiles: AttentionTiles | None = None,
+    most_keys: int = NO_WINDOW,
 ) -> None:
     """Causal attention of every sequence's new tokens to its cached ones, the new included. Writes `output_THD`.
 
     Queries of sequence s are `queries_THD[token_begins[s] : token_begins[s + 1]]`, at positions from `past_lens_S[s]`
     on; their keys are in the cache already. Sequences may have no query; tokens from `token_begins[S]` on are padding
-    and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. Types,
-    strides, `window`, `soft_cap` and the scales are those of `decode_attention`.
+    and get zeros. `max_query_len`: an upper bound of the queries of a sequence, which only chooses the tile. `tiles`
+    None takes those measured on this GPU, else `default_tiles`. Sequences of one query that sees more than `most_keys`
+    keys are left alone: `decode_attention` splits their contexts. Types, strides, `window`, `soft_cap` and the scales
+    are those of `decode_attention`.
     """
     num_tokens, num_heads, head_dim = queries_THD.shape
     check_cache(key_blocks, value_blocks, num_heads, head_dim)
@@ -180,6 +196,10 @@ def mixed_attention(
     num_kv_heads, block_size = key_blocks.shape[1:3]
     group, element_bytes = num_heads // num_kv_heads, key_blocks.element_size()
     rows = rows_per_tile(group, max_query_len, head_dim, queries_THD.element_size())
+    if tiles is None:
+        sizes = (num_heads, num_kv_heads, head_dim)
+        key = attention_key(KERNEL, queries_THD.dtype, key_blocks.dtype, max_query_len, *sizes)
+        tiles = attention_tiles_of(queries_THD.device, key) or default_tiles(rows, head_dim, element_bytes)
     factor, cap = score_factors(scale, key_scale, soft_cap)
     num_tiles = num_tokens // (rows // group) + num_sequences + 1
     mixed_attention_kernel[(num_tiles, num_kv_heads)](
@@ -196,6 +216,7 @@ def mixed_attention(
         window or NO_WINDOW,
         num_tokens,
         num_sequences,
+        most_keys,
         *queries_THD.stride()[:2],
         *key_blocks.stride()[:3],
         tables_SM.stride(0),
@@ -204,9 +225,9 @@ def mixed_attention(
         ROWS=rows,
         BLOCK_SIZE=block_size,
         HAS_SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps(rows),
-        num_stages=num_stages(head_dim),
-        **tile_constants(head_dim, element_bytes, MAX_KEYS),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **tile_constants(head_dim, tiles.keys),
     )
 
 
@@ -214,7 +235,8 @@ def _build(
     dtype: str, cache_dtype: str, head_dim: int, group: int, max_query_len: int, *, soft_cap: bool = False
 ) -> KernelBuild:
     rows = rows_per_tile(group, max_query_len, head_dim, TYPE_BYTES[dtype])
-    constants = tile_constants(head_dim, TYPE_BYTES[cache_dtype], MAX_KEYS) | {
+    tiles = default_tiles(rows, head_dim, TYPE_BYTES[cache_dtype])
+    constants = tile_constants(head_dim, tiles.keys) | {
         "GROUP": group,
         "ROWS": rows,
         "BLOCK_SIZE": 32,
@@ -228,8 +250,8 @@ def _build(
         kernel=mixed_attention_kernel,
         signature=signature(mixed_attention_kernel.arg_names, pointers, constants),
         constants=constants,
-        num_warps=num_warps(rows),
-        num_stages=num_stages(head_dim),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         min_capability=89 if cache_dtype == "fp8e4nv" else 80,
     )
 

@@ -27,9 +27,9 @@ LOG2_E = math.log2(math.e)
 FLOATS = {"score_factor", "soft_cap", "value_scale", "inverse_key_scale", "inverse_value_scale"}
 TYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8e4nv": 1}
 NUM_STAGES = 5  # K and V wait for block ids: that takes five to have a tile on its way while another is multiplied
-COUNTS = ["num_tokens", "num_sequences", "num_splits", "window"]
+COUNTS = ["num_tokens", "num_sequences", "num_splits", "window", "most_keys"]
 """Arguments that change while serving: a kernel made for their value would be compiled in the middle of it."""
-INDICES = ["tables", "lens", "token_begins", "past_lens", "positions", "slots", "source_ids", "target_ids"]
+INDICES = ["tables", "lens", "tokens", "token_begins", "past_lens", "positions", "slots", "source_ids", "target_ids"]
 """Pointers that may be parts of a buffer, at any element."""
 NO_WINDOW = 2**31 - 1  # larger than any context, and subtracting it from a position still fits 32 bits
 
@@ -125,8 +125,11 @@ def signature(names: Sequence[str], pointers: Mapping[str, str], constants: Mapp
     return others | {name: f"*{element}" for name, element in pointers.items() if name not in constants}
 
 
-def tile_constants(head_dim: int, element_bytes: int, max_keys: int = 128) -> dict[str, Any]:
-    """Constants that depend on the head and the bytes of a cached element: tiles of 16 KiB of K, 32 keys at least."""
-    head_pad = padded(head_dim)
-    keys = min(max_keys, max(32, (16 << 10) // (head_pad * element_bytes)))
-    return {"KEYS": keys, "HEAD_DIM": head_dim, "HEAD_PAD": head_pad}
+def default_keys(head_dim: int, element_bytes: int, max_keys: int = 128) -> int:
+    """Unmeasured: keys of a tile of 16 KiB of K, 32 at least."""
+    return min(max_keys, max(32, (16 << 10) // (padded(head_dim) * element_bytes)))
+
+
+def tile_constants(head_dim: int, keys: int) -> dict[str, Any]:
+    """Constants that depend on the head and the keys of a tile."""
+    return {"KEYS": keys, "HEAD_DIM": head_dim, "HEAD_PAD": padded(head_dim)}

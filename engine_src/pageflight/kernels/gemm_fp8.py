@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pageflight.kernels.activation import FP8
 from pageflight.kernels.builds import KernelBuild
-from pageflight.kernels.tuning import Problem, Tiles, key_of, split_of, stored
+from pageflight.kernels.tuning import Problem, Tiles, key_of, split_of, stored, tiles_of
 
 KERNEL = "gemm_fp8"
 
@@ -176,8 +176,8 @@ def gemm_fp8(
     if not num_tokens:
         return out
     if tiles is None:
-        choice = stored(x.device).get(key_of(KERNEL, out.dtype, num_tokens, num_outputs, num_inputs))
-        tiles = (choice and choice.tiles) or default_tiles(num_tokens, num_outputs, num_inputs)
+        key = key_of(KERNEL, out.dtype, num_tokens, num_outputs, num_inputs)
+        tiles = tiles_of(x.device, key) or default_tiles(num_tokens, num_outputs, num_inputs)
     per_token, per_channel = x_scale.numel() > 1, weight_scale.numel() > 1
     parts = out
     if tiles.split_k > 1:

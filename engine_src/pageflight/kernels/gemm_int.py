@@ -23,7 +23,7 @@ from torch import Tensor
 from pageflight.core.errors import ConfigError
 from pageflight.kernels.builds import KernelBuild
 from pageflight.kernels.gemm_fp8 import add_parts_kernel, tile_of_program
-from pageflight.kernels.tuning import Problem, Tiles, key_of, split_of, stored
+from pageflight.kernels.tuning import Problem, Tiles, key_of, split_of, tiles_of
 
 RUN = 32
 """Inputs that are packed together."""
@@ -230,8 +230,8 @@ def _launch(
     if not num_tokens:
         return out
     if tiles is None:
-        choice = stored(x.device).get(key_of(kernel, x.dtype, num_tokens, num_outputs, num_inputs, group_size))
-        tiles = (choice and choice.tiles) or default_tiles(num_tokens, num_outputs, num_inputs)
+        key = key_of(kernel, x.dtype, num_tokens, num_outputs, num_inputs, group_size)
+        tiles = tiles_of(x.device, key) or default_tiles(num_tokens, num_outputs, num_inputs)
     block_k = max(tiles.block_k, smallest_block)
     if is_grouped:  # as much of it as divides a group
         block_k = min(block_k, group_size & -group_size)

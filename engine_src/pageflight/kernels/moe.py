@@ -16,7 +16,7 @@ from torch import Tensor
 from pageflight.kernels.activation import FP8, quantise_fp8_per_token, silu_mul, silu_mul_fp8
 from pageflight.kernels.builds import KernelBuild
 from pageflight.kernels.moe_order import Order, max_tiles, order_by_expert, route
-from pageflight.kernels.tuning import Problem, Tiles, key_of, stored
+from pageflight.kernels.tuning import Problem, Tiles, key_of, tiles_of
 
 LAYER = "moe"
 
@@ -180,8 +180,8 @@ def mixture(
     num_tokens, num_experts = router_logits.shape
     num_slots = num_tokens * top_k
     if tiles is None:
-        choice = stored(x.device).get(key_of(LAYER, gate_up.dtype, num_tokens, top_k, *gate_up.shape))
-        tiles = (choice and choice.tiles) or default_tiles(num_slots, num_experts, gate_up.dtype)
+        key = key_of(LAYER, gate_up.dtype, num_tokens, top_k, *gate_up.shape)
+        tiles = tiles_of(x.device, key) or default_tiles(num_slots, num_experts, gate_up.dtype)
     weights, experts = route(router_logits, top_k, renormalise=renormalise)
     order = order_by_expert(experts, num_experts, tiles.block_t)
     rows, row_scales = quantise_fp8_per_token(x) if gate_up.dtype == FP8 else (x, None)

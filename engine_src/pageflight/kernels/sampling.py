@@ -1,14 +1,13 @@
 """Sampling on the device, without the host waiting for anything: the ids that `sampling.Sampler` would choose.
 
-L lines of logits, R rows of the batch (line l belongs to row rows_L[l]; -1: to none), V vocabulary, A listed ids of a
-row, C chunks of a line.
+L lines of logits, R rows of the batch (line l belongs to row rows_L[l]; -1: to none), V vocabulary, C chunks of a
+line.
 
 An id is drawn as on the host: by Philox's number for (seed, sequence, position) from the cumulative weights in the
 order of ids. Both give the same id unless a float32 exponential, rounded differently, moves a border past the number.
 Every row has its own parameters, so one launch serves greedy rows and all others; grids depend on shapes alone.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102
 
 from __future__ import annotations
 
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from pageflight.core.request import SamplingParams
 from pageflight.kernels.builds import KernelBuild
+from pageflight.kernels.sampling_adjust import LIST_TILE, adjust_kernel
 from pageflight.kernels.sampling_filter import LIST_SIZE, filter_kernel
 from pageflight.kernels.sampling_rows import (
     CHUNK,
+    COUNTS,
     INFINITY,
+    NUM_INTEGERS,
     distances,
     greatest,
-    has_penalties,
     is_filtered,
     is_greedy,
     load_scores,
@@ -37,42 +38,36 @@ from pageflight.kernels.sampling_rows import (
     uniform_of,
     whole,
 )
-from pageflight.kernels.sampling_scan import adjust_kernel, look_kernel, weigh_kernel
+from pageflight.kernels.sampling_scan import look_kernel, weigh_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowParameters:
     """What the rows asked for, on the device; `packed` gives the lines to copy into it when a row starts.
 
-    `floats`: float64 [R, 6], `integers`: int64 [R, 4]. `listed_ids` int32 and `listed_values` float32 [R, A]: ids whose
-    logit gets a value added, -inf to forbid them; no id twice in a row. `counts`: int32 [R, V], 1 for ids of the prompt
-    plus 2 for each time in the output, of rows with penalties; sampling keeps them. None: no row has any such.
+    `floats`: float64 [R, 6], `integers`: int64 [R, 5].
     """
 
     floats: Tensor
     integers: Tensor
-    listed_ids: Tensor | None = None
-    listed_values: Tensor | None = None
-    counts: Tensor | None = None
 
     @staticmethod
-    def empty(
-        num_rows: int, vocab_size: int, device: torch.device | str, *, num_listed: int = 0, penalties: bool = False
-    ) -> RowParameters:
-        """Parameters of greedy rows, with room for `num_listed` ids each and for counts if there may be `penalties`."""
+    def empty(num_rows: int, device: torch.device | str) -> RowParameters:
+        """Parameters of greedy rows."""
         floats, integers = packed(SamplingParams())
-        listed = (num_rows, num_listed)
         return RowParameters(
-            floats=floats.repeat(num_rows, 1).to(device),
-            integers=integers.repeat(num_rows, 1).to(device),
-            listed_ids=torch.full(listed, -1, dtype=torch.int32, device=device) if num_listed else None,
-            listed_values=torch.zeros(listed, device=device) if num_listed else None,
-            counts=torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device) if penalties else None,
+            floats=floats.repeat(num_rows, 1).to(device), integers=integers.repeat(num_rows, 1).to(device)
         )
 
 
-def packed(sampling: SamplingParams, sequence_index: int = 0, num_listed: int = 0) -> tuple[Tensor, Tensor]:
-    """The lines of a row in `floats` and `integers`, on the CPU. `num_listed`: how many of its listed ids count."""
+def packed(
+    sampling: SamplingParams, sequence_index: int = 0, *, lists: Tensor | None = None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The lines of a row in `floats` and `integers`, on the CPU.
+
+    `lists`: int32 on the device, what `sampling_adjust.packed_lists` gives. `counts`: int32 [V] on the device, of a row
+    with penalties, as `sampling_adjust.packed_counts` says; sampling keeps them. Both must live as long as the row.
+    """
     seed = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
     floats = (
         sampling.temperature,
@@ -82,17 +77,9 @@ def packed(sampling: SamplingParams, sequence_index: int = 0, num_listed: int = 
         sampling.presence_penalty,
         sampling.frequency_penalty,
     )
-    integers = (sampling.top_k, seed - (seed >> 63 << 64), sequence_index, num_listed)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (lists, counts))
+    integers = (sampling.top_k, seed - (seed >> 63 << 64), sequence_index, *addresses)
     return torch.tensor(floats, dtype=torch.float64), torch.tensor(integers, dtype=torch.int64)
-
-
-def start_counts(counts_V: Tensor, token_ids: Tensor, num_prompt: int) -> None:
-    """Fill a row's line of `counts` from its prompt and the output that it brings, int64 ids on the same device."""
-    counts_V.zero_()
-    output = token_ids[num_prompt:]
-    counts_V.index_add_(0, output, torch.full_like(output, 2, dtype=counts_V.dtype))
-    prompt = token_ids[:num_prompt]
-    counts_V[prompt] = counts_V[prompt] | 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,9 +97,7 @@ class Sampled:
 class Workspace:
     """Device memory for up to `max_lines` lines; its contents mean nothing between calls."""
 
-    def __init__(self, max_lines: int, vocab_size: int, device: torch.device | str, *, adjusts: bool = True) -> None:
-        """`adjusts` False leaves out the scores [L, V], for rows without penalties and lists."""
-
+    def __init__(self, max_lines: int, vocab_size: int, device: torch.device | str) -> None:
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -122,7 +107,7 @@ class Workspace:
         self.peaks, self.sums, self.changed_peaks = new(*shape), new(*shape), new(*shape)
         self.ids, self.changed_ids, self.are_bad = (new(*shape, dtype=torch.int32) for _ in range(3))
         self.weights = new(*shape, dtype=torch.int64)
-        self.scores = new(max_lines, vocab_size) if adjusts else None
+        self.scores = new(max_lines, vocab_size)
         self.listed = new(max_lines, LIST_SIZE.value)
         self.listed_ids = new(max_lines, LIST_SIZE.value, dtype=torch.int32)
 
@@ -141,7 +126,6 @@ def finish_kernel(
     logits,
     rows,
     scores,
-    counts,
     floats,
     integers,
     num_tokens,
@@ -158,9 +142,7 @@ def finish_kernel(
     vocab,
     num_chunks,
     stride_logits,
-    stride_counts,
-    PENALISE: tl.constexpr,
-    LIST: tl.constexpr,
+    ADJUST: tl.constexpr,
     FILTER: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -178,14 +160,11 @@ def finish_kernel(
     peak, best, uses_scores = peak_of(
         peaks + begin,
         ids + begin,
-        changed_peaks + begin if PENALISE or LIST else None,
-        changed_ids + begin if PENALISE or LIST else None,
-        floats,
+        changed_peaks + begin if ADJUST else None,
+        changed_ids + begin if ADJUST else None,
         integers,
         row,
         num_chunks,
-        PENALISE,
-        LIST,
         CHUNKS,
     )
     num_bad = tl.sum(tl.load(are_bad + begin + chunks, mask=chunks < num_chunks, other=0), 0)
@@ -202,7 +181,7 @@ def finish_kernel(
             chunk = tl.minimum(chunk, num_chunks - 1)  # lanes behind the last chunk count as reached by nothing
             target -= tl.sum(tl.where(chunks < chunk, sums_C, 0), 0)
             here = chunk * CHUNK + tl.arange(0, CHUNK)
-            scores_line = scores + line.to(tl.int64) * vocab if PENALISE or LIST else None
+            scores_line = scores + line.to(tl.int64) * vocab if ADJUST else None
             found = load_scores(logits_line, scores_line, uses_scores, here, vocab)
             drawing = tl.exp(-distances(found, peak, temperature_of(floats, row)))
             ends = tl.cumsum(whole(drawing), 0)
@@ -216,60 +195,61 @@ def finish_kernel(
     tl.store(drawn_ids + line, drawn)
     tl.store(log_probs + line, tl.where(is_bad, float("nan"), log_prob))
     tl.store(bad + line, is_bad.to(tl.int8))
-    if PENALISE:
-        if has_penalties(floats, row) & (not is_bad):
-            place = counts + row * stride_counts + drawn
+    if ADJUST:
+        counts = tl.load(integers + row * NUM_INTEGERS + COUNTS)
+        if (counts != 0) & (not is_bad):
+            place = counts.to(tl.pointer_type(tl.int32)) + drawn
             tl.store(place, tl.load(place) + 2)
 
 
 def sample(
     logits_LV: Tensor,
     rows_L: Tensor,
+    state: Tensor,
     num_tokens_R: Tensor,
     parameters: RowParameters,
     workspace: Workspace,
     *,
+    stride_tokens: int,
     filters: bool = True,
+    adjusts: bool = True,
     out: Sampled | None = None,
 ) -> Sampled:
     """The next id of each line. `logits_LV`: float32, fp16 or bf16, only read; `rows_L` int32, no row twice.
 
-    `num_tokens_R` int32: tokens of each row's prompt and output so far, the position that its random number belongs to.
-    Penalties and lists apply where `parameters` has them. `filters` False promises that no row has top-k, top-p or
-    min-p, and saves their kernel.
+    `num_tokens_R` int32: tokens of each row's prompt and output so far, the position that its random number belongs to;
+    `state` int32 holds those of row r from word r × `stride_tokens` on. `filters` False promises that no row has top-k,
+    top-p or min-p, `adjusts` False that none has lists or counts; each saves a kernel. Only counts are changed beside
+    `out` and the workspace.
     """
     num_lines, vocab = logits_LV.shape
     out = workspace.sampled(num_lines) if out is None else out
     w, p = workspace, parameters
-    penalise, lists = p.counts is not None, p.listed_ids is not None
     assert num_lines <= w.max_lines and vocab == w.vocab_size and logits_LV.stride(1) == 1
     assert rows_L.shape == out.ids_L.shape == (num_lines,)
-    assert w.scores is not None or not (penalise or lists), "this workspace has no room for adjusted scores"
     if not num_lines:
         return out
     stride, chunks = logits_LV.stride(0), triton.next_power_of_2(w.num_chunks)
     grid = (num_lines, w.num_chunks)
-    kinds = {"PENALISE": penalise, "LIST": lists}
+    kinds = {"ADJUST": adjusts}
     look_kernel[grid](logits_LV, rows_L, w.peaks, w.ids, w.sums, w.are_bad, vocab, w.num_chunks, stride)
-    if penalise or lists:
+    if adjusts:
         adjust_kernel[grid](
+            state,
             logits_LV,
             rows_L,
             w.scores,
-            p.counts,
-            p.listed_ids,
-            p.listed_values,
             p.floats,
             p.integers,
+            num_tokens_R,
             w.changed_peaks,
             w.changed_ids,
             vocab,
             w.num_chunks,
             stride,
-            0 if p.counts is None else p.counts.stride(0),
-            0 if p.listed_ids is None else p.listed_ids.stride(0),
-            **kinds,
-            LIST_TILE=128,
+            stride_tokens,
+            TILE=LIST_TILE,
+            enable_fp_fusion=False,  # numpy rounds every product
         )
     row_state = (p.floats, p.integers)
     found = (w.peaks, w.ids, w.changed_peaks, w.changed_ids)
@@ -297,7 +277,6 @@ def sample(
         logits_LV,
         rows_L,
         w.scores,
-        p.counts,
         *row_state,
         num_tokens_R,
         *found,
@@ -308,7 +287,6 @@ def sample(
         out.log_probs_L,
         out.are_bad_L,
         *sizes,
-        0 if p.counts is None else p.counts.stride(0),
         **kinds,
         FILTER=filters,
         CHUNKS=chunks,
@@ -321,16 +299,13 @@ _SIZES = dict.fromkeys(("vocab", "num_chunks", "stride_logits"), "i32")
 _ROWS = {"floats": "*fp64", "integers": "*i64"}
 _FOUND = {"peaks": "*fp32", "ids": "*i32"}
 _CHANGED = {"scores": "*fp32", "changed_peaks": "*fp32", "changed_ids": "*i32"}
-_COUNTS = {"counts": "*i32", "stride_counts": "i32"}
-_LISTED = {"listed_ids": "*i32", "listed_values": "*fp32", "stride_listed": "i32"}
 _DRAWN = {"num_tokens": "*i32", "are_bad": "*i32", "weights": "*i64", "drawn_ids": "*i32"}
 
 
 def _builds(kind: str, *, adjusts: bool) -> tuple[KernelBuild, ...]:
-    """The kernels that draw, for rows with penalties and lists or for a batch without any."""
-    signature = {**_LINES, **_ROWS, **_FOUND, **_SIZES, **(_CHANGED if adjusts else {})}
-    constants = {"PENALISE": adjusts, "LIST": adjusts, "CHUNKS": 32, **({} if adjusts else dict.fromkeys(_CHANGED))}
-    counts = {"stride_counts": "i32", **({"counts": "*i32"} if adjusts else {})}
+    """The kernels that draw, for rows with lists and counts or for a batch without any."""
+    signature = {**_LINES, **_ROWS, **_FOUND, **_SIZES, **_CHANGED}
+    constants = {"ADJUST": adjusts, "CHUNKS": 32}
     weigh = KernelBuild(
         name=f"sampling_weigh_fp32{kind}",
         kernel=weigh_kernel,
@@ -347,8 +322,8 @@ def _builds(kind: str, *, adjusts: bool) -> tuple[KernelBuild, ...]:
     finish = KernelBuild(
         name=f"sampling_finish_fp32{kind}",
         kernel=finish_kernel,
-        signature={**signature, **counts, **_DRAWN, "sums": "*fp32", "log_probs": "*fp32", "bad": "*i1"},
-        constants={**constants, "FILTER": True, **({} if adjusts else {"counts": None})},
+        signature={**signature, **_DRAWN, "sums": "*fp32", "log_probs": "*fp32", "bad": "*i1"},
+        constants={**constants, "FILTER": True},
     )
     return weigh, chosen, finish
 
@@ -358,12 +333,6 @@ BUILDS = (
         name="sampling_look_fp32",
         kernel=look_kernel,
         signature={**_LINES, **_FOUND, "sums": "*fp32", "are_bad": "*i32", **_SIZES},
-    ),
-    KernelBuild(
-        name="sampling_adjust_fp32",
-        kernel=adjust_kernel,
-        signature={**_LINES, "scores": "*fp32", **_COUNTS, **_LISTED, **_ROWS, **_FOUND, **_SIZES},
-        constants={"PENALISE": True, "LIST": True, "LIST_TILE": 128},
     ),
     *_builds("", adjusts=False),
     *_builds("_adjusted", adjusts=True),

@@ -183,8 +183,7 @@ def filter_kernel(
     vocab,
     num_chunks,
     stride_logits,
-    PENALISE: tl.constexpr,
-    LIST: tl.constexpr,
+    ADJUST: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """One program per line: the id of rows with top-k, top-p or min-p; other rows are left alone.
@@ -201,14 +200,11 @@ def filter_kernel(
     peak, _, uses_scores = peak_of(
         peaks + begin_chunks,
         ids + begin_chunks,
-        changed_peaks + begin_chunks if PENALISE or LIST else None,
-        changed_ids + begin_chunks if PENALISE or LIST else None,
-        floats,
+        changed_peaks + begin_chunks if ADJUST else None,
+        changed_ids + begin_chunks if ADJUST else None,
         integers,
         row,
         num_chunks,
-        PENALISE,
-        LIST,
         CHUNKS,
     )
     chunks = tl.arange(0, CHUNKS)
@@ -219,7 +215,7 @@ def filter_kernel(
     logits_line = logits + line.to(tl.int64) * stride_logits
     listed_line = listed + line.to(tl.int64) * LIST_SIZE
     scores_line = listed_line  # stands for scores that are never read: a tuple cannot hold None
-    if PENALISE or LIST:
+    if ADJUST:
         scores_line = scores + line.to(tl.int64) * vocab
     listed_ids_line = listed_ids + line.to(tl.int64) * LIST_SIZE
     temperature = temperature_of(floats, row)

@@ -17,8 +17,8 @@ import triton.language as tl
 
 # columns of a row's parameters
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = (tl.constexpr(column) for column in range(6))
-TOP_K, SEED, SEQUENCE_INDEX, NUM_LISTED = (tl.constexpr(column) for column in range(4))
-NUM_FLOATS, NUM_INTEGERS = tl.constexpr(6), tl.constexpr(4)
+TOP_K, SEED, SEQUENCE_INDEX, LISTS, COUNTS = (tl.constexpr(column) for column in range(5))
+NUM_FLOATS, NUM_INTEGERS = tl.constexpr(6), tl.constexpr(5)
 
 CHUNK = tl.constexpr(4096)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # the greatest float32
@@ -47,21 +47,10 @@ def is_filtered(floats, integers, row, vocab):
 
 
 @triton.jit
-def has_penalties(floats, row):
-    penalties = floats + row * NUM_FLOATS
-    changed = (tl.load(penalties + PRESENCE) != 0.0) | (tl.load(penalties + FREQUENCY) != 0.0)
-    return changed | (tl.load(penalties + REPETITION) != 1.0)
-
-
-@triton.jit
-def is_adjusted(floats, integers, row, PENALISE: tl.constexpr, LIST: tl.constexpr):
-    """Whether the row's scores differ from its logits."""
-    adjusted = row < 0
-    if PENALISE:
-        adjusted |= has_penalties(floats, row)
-    if LIST:
-        adjusted |= tl.load(integers + row * NUM_INTEGERS + NUM_LISTED) > 0
-    return adjusted
+def is_adjusted(integers, row):
+    """Whether the row's scores differ from its logits: it has lists or counts."""
+    address = integers + row * NUM_INTEGERS
+    return (tl.load(address + LISTS) != 0) | (tl.load(address + COUNTS) != 0)
 
 
 @triton.jit
@@ -114,24 +103,12 @@ def greatest(peaks, ids, num_chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def peak_of(
-    peaks,
-    ids,
-    changed_peaks,
-    changed_ids,
-    floats,
-    integers,
-    row,
-    num_chunks,
-    PENALISE: tl.constexpr,
-    LIST: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+def peak_of(peaks, ids, changed_peaks, changed_ids, integers, row, num_chunks, CHUNKS: tl.constexpr):
     """(peak, its id, whether adjusted scores count) of a line. Where they leave no id at all the logits count."""
     peak, best = greatest(peaks, ids, num_chunks, CHUNKS)
     uses_scores = row < 0
-    if PENALISE or LIST:
-        if is_adjusted(floats, integers, row, PENALISE, LIST):
+    if changed_peaks is not None:
+        if is_adjusted(integers, row):
             changed_peak, changed_best = greatest(changed_peaks, changed_ids, num_chunks, CHUNKS)
             if changed_peak > -INFINITY:
                 peak, best, uses_scores = changed_peak, changed_best, row >= 0

@@ -5,7 +5,7 @@ Shapes: R rows, P most tokens of a row, B most blocks of a row; S rows that run,
 words that change.
 
 What rows hold lies in one int32 tensor, `state`: `tokens_RP` from word 0 on, `tables_RB` from `tables_at` on. Changes
-come as pairs of word and value, so one copy and one launch bring it up to date, whatever has changed.
+come in one copy: as pairs of word and value, or, where consecutive words change as a prompt does, as N runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,17 @@ def scatter_kernel(state, words, values, num_words, TILE: tl.constexpr):
     inside = index < num_words
     word = tl.load(words + index, mask=inside, other=0)
     tl.store(state + word.to(tl.int64), tl.load(values + index, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def fill_kernel(state, begins, offsets, values, TILE: tl.constexpr):
+    """One program per (run, tile of it)."""
+    run = tl.program_id(0)
+    first = tl.load(offsets + run)
+    index = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = index < tl.load(offsets + run + 1) - first
+    value = tl.load(values + first + index, mask=inside, other=0)
+    tl.store(state + tl.load(begins + run).to(tl.int64) + index, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -93,6 +104,16 @@ def scatter(state: Tensor, words_U: Tensor, values_U: Tensor) -> None:
     num_words = len(words_U)
     if num_words:
         scatter_kernel[(triton.cdiv(num_words, TILE),)](state, words_U, values_U, num_words, TILE=TILE)
+
+
+def fill(state: Tensor, begins_N: Tensor, offsets: Tensor, values: Tensor, longest: int) -> None:
+    """Words from begins_N[n] on become `values[offsets[n] : offsets[n + 1]]`, all int32, at most `longest` of them.
+
+    No word twice.
+    """
+    assert state.is_contiguous() and values.is_contiguous() and len(offsets) == len(begins_N) + 1
+    if len(begins_N):
+        fill_kernel[(len(begins_N), triton.cdiv(longest, TILE))](state, begins_N, offsets, values, TILE=TILE)
 
 
 def prepare(
@@ -183,6 +204,12 @@ BUILDS = (
         name="scatter_words",
         kernel=scatter_kernel,
         signature={"state": "*i32", "words": "*i32", "values": "*i32", "num_words": "i32"},
+        constants={"TILE": TILE},
+    ),
+    KernelBuild(
+        name="fill_runs",
+        kernel=fill_kernel,
+        signature=dict.fromkeys(("state", "begins", "offsets", "values"), "*i32"),
         constants={"TILE": TILE},
     ),
     *(

@@ -1,4 +1,4 @@
-"""How matrix products are cut into tiles on each kind of GPU: measured once there, then read from a file.
+"""How products and attention are cut into tiles on each kind of GPU: measured once there, then read from a file.
 
 `configs/<gpu name>.json` holds what was fastest for a kernel, its dtype and a bucket of shapes. Where a card, or a
 shape on it, was never measured, each kernel has a default of its own. T tokens.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,10 +39,26 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionTiles:
+    """Keys that a program of attention takes at a time, and into how many splits decoding cuts a context.
+
+    Keys are a power of two, 16 or greater. Attention of prompts splits nothing.
+    """
+
+    keys: int
+    num_splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+AnyTiles = Tiles | AttentionTiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The fastest of some candidates. `tiles` None: not our kernel but the vendor's library."""
 
-    tiles: Tiles | None
+    tiles: AnyTiles | None
     microseconds: float
 
 
@@ -51,8 +67,8 @@ class Problem:
     """One thing to measure: `launch` runs it as a candidate says; only candidates that it can run are listed."""
 
     key: str
-    candidates: Sequence[Tiles | None]
-    launch: Callable[[Tiles | None], object]
+    candidates: Sequence[Any]
+    launch: Callable[[Any], object]
 
 
 def key_of(kernel: str, dtype: torch.dtype, num_tokens: int, *sizes: int) -> str:
@@ -61,9 +77,38 @@ def key_of(kernel: str, dtype: torch.dtype, num_tokens: int, *sizes: int) -> str
     return "/".join([kernel, str(dtype).removeprefix("torch."), f"t{bucket}", "x".join(map(str, sizes))])
 
 
-def file_of(gpu_name: str, folder: Path = FOLDER) -> Path:
+def attention_key(
+    kernel: str, dtype: torch.dtype, cache: torch.dtype, num_queries: int, *sizes: int, context: int = 0
+) -> str:
+    """Where the choice for attention is stored: rows of a decode step, or queries of a chunk, rounded up to a power of
+    four; types of queries and cache; heads, KV heads and head_dim; and for decoding a context, rounded down to a power
+    of two."""
+    names = [str(each).removeprefix("torch.") for each in (dtype, cache)]
+    bucket = 1 << ((max(num_queries, 1) - 1).bit_length() + 1) // 2 * 2
+    form = f"c{1 << (context.bit_length() - 1)}/" if context else ""
+    return f"{kernel}/{'/'.join(names)}/q{bucket}/{form}{'x'.join(map(str, sizes))}"
+
+
+def tiles_of(device: torch.device, key: str) -> Tiles | None:
+    """The tiles measured on this GPU for a product; None: nothing was, or the library won."""
+    choice = stored(device).get(key)
+    return choice.tiles if choice is not None and isinstance(choice.tiles, Tiles) else None
+
+
+def attention_tiles_of(device: torch.device, key: str) -> AttentionTiles | None:
+    """The same for attention."""
+    choice = stored(device).get(key)
+    return choice.tiles if choice is not None and isinstance(choice.tiles, AttentionTiles) else None
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """None for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def file_of(gpu_name: str, folder: Path | None = None) -> Path:
     """`NVIDIA H100 80GB HBM3` → `nvidia-h100-80gb-hbm3.json`."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
+    return (folder or FOLDER) / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
 
 
 def read(path: Path) -> Mapping[str, Choice]:
@@ -108,7 +153,8 @@ def split_of(num_tiles: int, num_inputs: int, block_k: int) -> int:
 @lru_cache
 def stored(device: torch.device) -> Mapping[str, Choice]:
     """What was measured on GPUs with the name of this one; nothing for a CPU."""
-    return read(file_of(torch.cuda.get_device_name(device))) if device.type == "cuda" else {}
+    name = gpu_name(device)
+    return {} if name is None else read(file_of(name))
 
 
 def fastest(problem: Problem, timer: Callable[[Callable[[], object]], float]) -> Choice:
@@ -132,23 +178,27 @@ def tune(
     problems: Iterable[Problem],
     *,
     gpu_name: str | None = None,
-    folder: Path = FOLDER,
+    folder: Path | None = None,
     timer: Callable[[Callable[[], object]], float] | None = None,
-) -> Mapping[str, Choice]:
-    """Measure on the present card and write its file after every problem: an interrupted run keeps what it has."""
+) -> Iterator[tuple[str, Choice]]:
+    """Measure on the present card and write its file after every problem: an interrupted run keeps what it has.
+
+    Yields key and choice of each as soon as it is written.
+    """
     name = torch.cuda.get_device_name() if gpu_name is None else gpu_name
-    choices: dict[str, Choice] = {}
     for problem in problems:
-        choices[problem.key] = fastest(problem, median_us if timer is None else timer)
-        write(file_of(name, folder), name, {problem.key: choices[problem.key]})
-    return choices
+        choice = fastest(problem, median_us if timer is None else timer)
+        write(file_of(name, folder), name, {problem.key: choice})
+        yield problem.key, choice
 
 
 def median_us(call: Callable[[], object]) -> float:
     """Microseconds on the present GPU, the cache of level 2 emptied before each of many repetitions."""
-    return 1000.0 * float(triton.testing.do_bench(call, return_mode="median"))
+    return 1000.0 * float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
-    tiles = None if entry["tiles"] is None else Tiles(**entry["tiles"])
+    tiles: AnyTiles | None = None
+    if entry["tiles"] is not None:
+        tiles = AttentionTiles(**entry["tiles"]) if "keys" in entry["tiles"] else Tiles(**entry["tiles"])
     return Choice(tiles=tiles, microseconds=float(entry["microseconds"]))

@@ -39,7 +39,7 @@ from pageflight.loop.step_trace import StepTrace
 from pageflight.loop.tenants_file import TenantsFile
 from pageflight.loop.watch import Watch
 from pageflight.loop.watched_scheduler import WatchedScheduler, shown
-from pageflight.runners.base import Runner, RunnerLimits
+from pageflight.runners.base import Runner, RunnerLimits, SparingRunner
 from pageflight.runners.faulty import Fault
 from pageflight.sched.scheduler import Scheduler
 
@@ -235,7 +235,8 @@ def _serve(
     )
 
     def report(stats: CoreStats) -> None:
-        mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes()))
+        num_shortages = runner.num_shortages if isinstance(runner, SparingRunner) else 0
+        mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes(), memory_shortages=num_shortages))
 
     trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs * limits.max_in_flight)
     loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)
@@ -244,7 +245,7 @@ def _serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    cache = CacheSize(num_blocks=limits.num_blocks, max_sequence_len=limits.max_model_len)
+    cache = CacheSize(num_blocks=limits.num_blocks, max_sequence_len=limits.max_model_len, block_size=limits.block_size)
     reporter.send(Report("ready", cache=cache))
     linger_s = 0.1  # after a failure the next core must not wait for fronts that are behind: they ask again anyway
     try:

@@ -15,12 +15,23 @@ DRAIN_SIGNAL = signal.SIGUSR1
 as well, while its server still takes requests."""
 
 
+SHRUNK_TO = 0.9
+"""Share of its blocks that a cache keeps when its device ran out of memory."""
+
+
 class CacheSize(msgspec.Struct, frozen=True, kw_only=True):
     """What a core could take in: its successors must be able to as well. The host tier's size is a setting, never
-    computed from free memory."""
+    computed from free memory. A device that ran out of memory is the one reason to give them less."""
 
     num_blocks: int
     max_sequence_len: int
+    block_size: int = 0
+
+    def shrunk(self) -> CacheSize:
+        """Less by `SHRUNK_TO`, and what still fits it."""
+        num_blocks = max(1, int(self.num_blocks * SHRUNK_TO))
+        longest = min(self.max_sequence_len, num_blocks * self.block_size + 1)
+        return CacheSize(num_blocks=num_blocks, max_sequence_len=longest, block_size=self.block_size)
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -21,6 +21,8 @@ class CoreStatus(msgspec.Struct, frozen=True, kw_only=True):
     supervisor_pid: int
     core_pid: int = 0
     restarts: int = 0
+    shrinks: int = 0  # of the restarts, those with a smaller cache: the device had run out of memory
+    num_blocks: int = 0  # of the cache, once the first core is ready
     progress: str = ""
     error: str = ""  # class name of the error that ended the last core, or kept it from starting
     message: str = ""

@@ -12,15 +12,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pageflight.core.errors import CheckpointError, ConfigError, EngineLost, ManifestMismatch, PageflightError
+from pageflight.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineLost,
+    ManifestMismatch,
+    OutOfMemory,
+    PageflightError,
+)
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.deaths import MAX_KEPT, Death, is_crash, write_deaths
-from pageflight.loop.reports import DRAIN_SIGNAL, CacheSize, Report, parse_reports
+from pageflight.loop.reports import DRAIN_SIGNAL, SHRUNK_TO, CacheSize, Report, parse_reports
 from pageflight.loop.status import CoreStatus, write_status
 from pageflight.loop.step_trace import read_trace
 
 log = logging.getLogger(__name__)
 
+LEAST_SHARE = 0.5
+"""Of its first blocks that a cache keeps however often memory does not suffice: then something else takes it."""
 _PERMANENT = frozenset(cls.__name__ for cls in (ManifestMismatch, CheckpointError, ConfigError))
 """Errors that another try cannot mend, unless the same engine has been ready before."""
 
@@ -59,8 +68,9 @@ class Supervisor:
     ) -> None:
         """`command(report_fd, trace_fd, cache)`: the core's command line with its end of the pipe and its memory file.
 
-        `cache` is the size of the first core's cache. Made from the memory that is free at each start it could be less,
-        and sequences that one core had accepted would not fit the next; None for the first.
+        `cache` is the size of the first core's cache; None for the first. Made from the memory that is free at each
+        start it could be less, and sequences that one core had accepted would not fit the next. It is less after a core
+        has ended for want of memory: those that do not fit are refused then.
         """
         self._command, self._address, self._environment = command, address, environment
         self._config = config or SupervisorConfig()
@@ -69,6 +79,7 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._trace_fd = -1
         self._cache: CacheSize | None = None
+        self._num_first_blocks = 0
         self._deaths: list[Death] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="core-supervisor", daemon=True)
@@ -167,7 +178,8 @@ class Supervisor:
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
             failure = _failure(EngineLost, f"the engine core died ({how})")
         last_words = read_trace(self._trace_fd)
-        if last_words is not None:
+        is_mended = failure.error == OutOfMemory.__name__ and self._shrink()
+        if last_words is not None and not is_mended:  # the step was too large for the device, not its sequences' fault
             self._keep(Death(epoch=last_words.epoch, handles=last_words.handles, of_itself=of_itself))
         return _Life(
             failure=failure,
@@ -175,8 +187,24 @@ class Supervisor:
             of_itself=of_itself,
             num_steps=last_words.steps if last_words is not None else 0,
             was_in_step=last_words is not None and bool(last_words.handles),
+            is_mended=is_mended,
             seconds=time.monotonic() - born_s,
         )
+
+    def _shrink(self) -> bool:
+        """Give the next core a smaller cache; False where none was ready, or this has been done often enough."""
+        cache = self._cache
+        if cache is None or cache.num_blocks * SHRUNK_TO < self._num_first_blocks * LEAST_SHARE:
+            return False
+        self._cache = cache.shrunk()
+        log.warning(
+            "the engine core ran out of memory: the next has %d blocks, not %d, for sequences of up to %d tokens",
+            self._cache.num_blocks,
+            cache.num_blocks,
+            self._cache.max_sequence_len,
+        )
+        self._set(shrinks=self._status.shrinks + 1, num_blocks=self._cache.num_blocks)
+        return True
 
     def _keep(self, death: Death) -> None:
         self._deaths = [*self._deaths, death][-MAX_KEPT:]
@@ -212,7 +240,7 @@ class Supervisor:
             for report in parse_reports(buffer):
                 if report.kind == "ready":
                     ready = True
-                    self._cache = self._cache or report.cache
+                    self._learn(report.cache)
                     self._set(state="ready", core_pid=process.pid, error="", message="", progress="")
                 elif report.kind == "progress":
                     self._set(progress=report.message, core_pid=process.pid)
@@ -220,6 +248,13 @@ class Supervisor:
                     failure = report
             if ready:
                 deadline_s = time.monotonic() + self._config.hang_limit_s
+
+    def _learn(self, cache: CacheSize | None) -> None:
+        """The size that a core could allocate: the first one's, or less than it was told to."""
+        if cache is not None and (self._cache is None or cache.num_blocks < self._cache.num_blocks):
+            self._num_first_blocks = self._num_first_blocks or cache.num_blocks
+            self._cache = cache
+            self._set(num_blocks=cache.num_blocks)
 
     def _set(self, **changes: object) -> None:
         with self._changed:
@@ -245,6 +280,7 @@ class _Life:
     was_ready: bool = False
     of_itself: bool = True
     was_in_step: bool = False
+    is_mended: bool = False  # the next core lacks what ended this one
     num_steps: int = 0
     seconds: float = 0.0
 
@@ -270,7 +306,7 @@ class _Patience:
             self._patient_starts += 1
         if life.num_steps:
             self._useless_lives = 0
-        else:
+        elif not life.is_mended:
             self._useless_lives += life.was_ready and (life.of_itself or life.was_in_step)
         if (
             (is_setting and not self.has_been_ready)

@@ -19,6 +19,7 @@ from pageflight.lowering.engine_dir import EngineDir
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.ops import Ops
+from pageflight.models.weights import EMBED
 
 COMPUTE = {
     "fp32": torch.float32,
@@ -35,6 +36,11 @@ class DeviceModel(ABC):
 
     def __init__(self, config: DecoderConfig, blocks: DeviceBlocks) -> None:
         self.config, self.blocks, self.device = config, blocks, blocks.device
+
+    @property
+    @abstractmethod
+    def activations(self) -> torch.dtype:
+        """The type of queries, and of what passes between products."""
 
     @abstractmethod
     def forward(self, inputs: DeviceInputs) -> Tensor:
@@ -83,14 +89,23 @@ class KernelModel(DeviceModel):
     ) -> None:
         """`weights`: every one of the definition, on the device."""
         super().__init__(config, blocks)
+        self._activations = weights[EMBED].values.dtype
         self._ops = DeviceOps(config, weights, blocks, num_positions=max_model_len)
+
+    @property
+    def activations(self) -> torch.dtype:
+        return self._activations
 
     @classmethod
     def load(cls, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> KernelModel:
         """An engine onto a device. `compute`: the type of activations, by default that of the engine's dtype."""
         manifest = engine.manifest
-        weights = load_weights(engine.weights, engine.config, compute or COMPUTE[manifest.dtype], device)
-        blocks = DeviceBlocks(engine.config, manifest.kv_dtype, manifest.block_size, device)
+        compute = compute or COMPUTE[manifest.dtype]
+        weights = load_weights(engine.weights, engine.config, compute, device)
+        # The reference computes in float32; here queries are narrower, and keys and values are rounded to their type.
+        narrow = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(compute)
+        kv_dtype = narrow if narrow and manifest.kv_dtype == "fp32" else manifest.kv_dtype
+        blocks = DeviceBlocks(engine.config, kv_dtype, manifest.block_size, device)
         return cls(engine.config, weights, blocks, max_model_len=manifest.max_model_len)
 
     @torch.inference_mode()

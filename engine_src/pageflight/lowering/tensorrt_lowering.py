@@ -15,7 +15,13 @@ from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_build import build_engines
 from pageflight.lowering.tensorrt_gpu import find_gpu
 from pageflight.lowering.tensorrt_plan import EnginePlan
-from pageflight.lowering.tensorrt_target import TensorRtTarget, check_capabilities, import_flavor, package_of
+from pageflight.lowering.tensorrt_target import (
+    FP8_CAPABILITY,
+    TensorRtTarget,
+    check_capabilities,
+    import_flavor,
+    package_of,
+)
 from pageflight.models.config import DecoderConfig
 from pageflight.quant.store import WEIGHTS_NAME, WeightStore
 
@@ -63,16 +69,23 @@ class TensorRtLowering:
         return dtype if dtype in ("fp32", "fp16", "bf16") else _QUANTISED_ACTIVATIONS
 
     def default_kv_dtype(self, dtype: str) -> str:
-        """The cache holds K and V as the engines hand them over."""
+        """The cache holds K and V as the engines hand them over, unless it is to round them."""
         return self.activations(dtype)
 
     def check(self, config: DecoderConfig, dtype: str, kv_dtype: str, group_size: int = 0) -> None:
         """Raises ConfigError for a precision, or a GPU, that engines cannot be built for."""
         self._check_dtype(dtype)
         wanted = self.activations(dtype)
-        if kv_dtype != wanted:
-            raise ConfigError(f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} is {wanted}")
+        if kv_dtype not in (wanted, "fp8"):
+            raise ConfigError(
+                f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} are {wanted}, fp8"
+            )
         check_capabilities(import_flavor(self._target.flavor), self._target, dtype)
+        older = [each for each in self._target.compute_capabilities if each < FP8_CAPABILITY]
+        if kv_dtype == "fp8" and older:
+            raise ConfigError(
+                f"compute_capability={','.join(map(str, older))}: kv_dtype fp8 needs {FP8_CAPABILITY} or later"
+            )
 
     def compile(
         self,

@@ -73,6 +73,10 @@ class SegmentModel(DeviceModel):
             for run in plan.runs
         ]
 
+    @property
+    def activations(self) -> torch.dtype:
+        return TYPES[self._plan.activations]
+
     @torch.inference_mode()
     def forward(self, inputs: DeviceInputs) -> Tensor:
         num_tokens = len(inputs.ids_T)

@@ -18,6 +18,7 @@ _SOURCES = {
 }
 _LEAST_CAPABILITY = {"fp16": 75, "fp32": 80, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
 """By dtype of the weights, with the activations it has: the RTX builder refuses older GPUs."""
+FP8_CAPABILITY = 89
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

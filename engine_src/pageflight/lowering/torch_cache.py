@@ -12,9 +12,16 @@ from torch import Tensor
 
 from pageflight.models.config import DecoderConfig
 
-_ELEMENT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8}
+_ELEMENT = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.uint8,  # bits of e4m3: torch has no indexing of it
+    "u8": torch.uint8,
+}
 KV_DTYPES = tuple(_ELEMENT)
 _LEVELS = 255
+_LARGEST = 448.0  # of e4m3, whose scale is 1
 
 
 class BlockCache:
@@ -23,7 +30,7 @@ class BlockCache:
     def __init__(
         self, config: DecoderConfig, kv_dtype: str, num_blocks: int, block_size: int, num_host_blocks: int = 0
     ) -> None:
-        self._quantised = kv_dtype == "u8"
+        self._quantised, self._is_fp8 = kv_dtype == "u8", kv_dtype == "fp8"
         element = _ELEMENT[kv_dtype]
 
         def parts(count: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -46,6 +53,8 @@ class BlockCache:
         for kind, new in enumerate((k, v)):
             if self._quantised:
                 new, self._ranges[kind][layer][block, :, offset] = _quantise(new.float())
+            elif self._is_fp8:
+                new = new.float().clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
             self._values[kind][layer][block, :, offset] = new.to(self._values[kind].dtype)
 
     def read(self, layer: int, tables_SB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,6 +67,8 @@ class BlockCache:
         if self._quantised:
             ranges = self._ranges[kind][layer][tables_SB]
             blocks = blocks.float() * ranges[..., :1] + ranges[..., 1:]
+        elif self._is_fp8:
+            blocks = blocks.view(torch.float8_e4m3fn).float()
         return blocks.transpose(1, 2).flatten(2, 3)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:

@@ -44,6 +44,7 @@ class CoreMetrics:
         ("recomputed_tokens", "recomputed_tokens", "Tokens computed again after preemption or a restart", {}),
         ("preemptions", "preemptions", "Sequences that lost their row", {}),
         ("cancellations", "cancellations", "Sequences ended by their client", {}),
+        ("memory_shortages", "memory_shortages", "Steps that ran only after the device's memory was cleared", {}),
         ("queried_tokens", "prefix_cache_queries", "Prompt tokens looked for in the prefix cache", {}),
         ("device_cached_tokens", "prefix_cache_hits", "Prompt tokens found in the prefix cache", {"level": "device"}),
         ("host_cached_tokens", "prefix_cache_hits", "Prompt tokens found in the prefix cache", {"level": "host"}),

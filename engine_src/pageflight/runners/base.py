@@ -39,6 +39,13 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class SparingRunner(Protocol):
+    """A runner that gives up what it can spare when its device is short of memory."""
+
+    num_shortages: int  # how often it has, and the step ran after all
+
+
+@runtime_checkable
 class StagingRunner(Protocol):
     """A runner that can prepare a step while another one runs."""
 

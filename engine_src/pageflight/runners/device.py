@@ -5,29 +5,39 @@ Shapes: R rows, S rows that run, T packed tokens, L rows that sample, V vocabula
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pageflight.core.plan import RowStart, StepPlan, StepResult
-from pageflight.kernels.attention_decode import SplitWorkspace, choose_num_splits
+from pageflight.core.errors import OutOfMemory
+from pageflight.core.plan import StepPlan, StepResult
+from pageflight.kernels.attention_decode import SplitWorkspace, default_tiles
+from pageflight.kernels.attention_tuning import measured_tiles
 from pageflight.kernels.sampling import Workspace, sample
 from pageflight.kernels.step_inputs import append, prepare
-from pageflight.lowering.device_blocks import DeviceInputs
+from pageflight.kernels.tuning import AttentionTiles
+from pageflight.lowering.device_blocks import LONG_CONTEXT, DeviceInputs, first_line, is_shortage
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device_graphs import Graphs
 from pageflight.runners.device_rows import DeviceRows, StagedStep
+from pageflight.runners.device_wishes import RowWishes, copied
 from pageflight.runners.local import COPIES_MEASURED, COPY_ROUNDS
-from pageflight.sampling.adjustments import RowAdjustments
-from pageflight.sampling.sampler import NonFiniteLogits, Sampler
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Int32Array = NDArray[np.int32]
 MAX_IN_FLIGHT = 2
 WARM_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -37,14 +47,13 @@ _NO_IDS = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Flight:
-    """A step on its way: `results` int32 [3, L] on the host, there once `arrived` has happened; or logits that the
-    host samples from, for rows whose wishes the device does not know."""
+    """A step on its way: `results` int32 [3, L] on the host, there once `arrived` has happened; None where no row
+    samples. `log_probs_L`: who asked for them."""
 
     plan: StepPlan
-    epochs_L: Int32Array  # whose rows those were that sample
+    log_probs_L: NDArray[np.bool_]
     results: Tensor | None = None
     arrived: torch.cuda.Event | None = None
-    logits_LV: Tensor | None = None
 
 
 class DeviceRunner:
@@ -85,11 +94,12 @@ class DeviceRunner:
             block_size=model.blocks.block_size,
             device=device,
         )
-        self._sampler = _HostSampler(max_num_seqs, max_model_len, model.config.vocab_size)
-        self._filters_R = np.zeros(max_num_seqs, np.bool_)
+        self.num_shortages = 0
+        """How often memory did not suffice and was found."""
+        self._wishes = RowWishes(max_num_seqs, model.config.vocab_size, device)
         self._in_flight: deque[_Flight] = deque()
-        self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device, adjusts=False)
-        self._splits: dict[int, SplitWorkspace | None] = {}
+        self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device)
+        self._splits: dict[int, tuple[SplitWorkspace | None, AttentionTiles]] = {}
         self._num_sms = 0
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -104,71 +114,66 @@ class DeviceRunner:
     def warm_up(self, max_num_tokens: int) -> None:
         """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later."""
         with torch.cuda.stream(self._steps):
+            self._rows.warm_up()
             lengths = {length for length in WARM_LENGTHS if length < max_num_tokens} | {max_num_tokens}
-            for filters in (False, True):
-                for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
-                    self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), filters)
-                for length in sorted(lengths):
-                    plan = _padding(length)
-                    staged = self._rows.stage_mixed(plan, length)
-                    self._sample(self._forward_mixed(plan, staged), staged.sample_rows_L, filters=filters)
+            for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
+                self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), False, False)
+            for length in sorted(lengths):
+                plan = _padding(length)
+                self._mixed(plan, self._rows.stage_mixed(plan, length), False, False)
+            if self.limits.max_model_len > LONG_CONTEXT:
+                plan = replace(_padding(1), starts_at=np.full(1, LONG_CONTEXT, np.int32))
+                self._mixed(plan, self._rows.stage_mixed(plan, 1), False, False)
+            for filters, adjusts in product((False, True), repeat=2):
+                self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, 1), filters, adjusts)
 
     def submit(self, plan: StepPlan) -> None:
-        """Apply the plan's differences and begin its forward pass; a plan without rows changes state only."""
+        """Apply the plan's differences and begin its forward pass; a plan without rows changes state only.
+
+        Where memory does not suffice, captured graphs and cached memory are given up for it. Raises OutOfMemory where
+        that does not help.
+        """
+        assert len(self._in_flight) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
         with torch.cuda.stream(self._steps):
             self._submit(plan)
 
     def _submit(self, plan: StepPlan) -> None:
-        assert len(self._in_flight) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
-        if self._in_flight and self._in_flight[-1].logits_LV is not None:
-            self._in_flight[-1] = self._sampled_by_host(self._in_flight[-1])  # its ids are this plan's tokens
-        for row in plan.ended_rows:
-            self._sampler.end(row)
-        for start in plan.starts:
-            self._sampler.start(start)
-            sampling = start.sampling
-            self._filters_R[start.row] = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-        self._rows.change(plan)
-        self._copy_blocks(plan)
-        epochs_L = self._sampler.epochs_of(plan.rows[plan.samples])
+        """Every part that takes memory may run twice: the second time it finds, or does again, what the first did."""
+        wishes = self._within_memory(lambda: self._wishes.prepared(plan))
+        self._wishes.change(plan, wishes)
+        self._rows.change(plan, wishes)
+        for copy in self._copies_of(plan):
+            self._within_memory(copy)
+        rows_L = plan.rows[plan.samples]
+        flight = _Flight(plan, self._wishes.log_probs_of(rows_L))
         if not plan.rows.size:
             self._rows.flush()
-            flight = _Flight(plan, epochs_L)
-        elif self._sampler.knows_more(plan.rows[plan.samples]):
-            logits_LV = self._forward_mixed(plan, self._rows.stage_mixed(plan, plan.num_tokens))
-            flight = _Flight(plan, epochs_L, logits_LV=logits_LV)
         else:
-            flight = _Flight(plan, epochs_L, *self._fetched(self._begin(plan)))
+            kinds = self._wishes.kinds_of(rows_L)
+            if plan.num_tokens == plan.rows.size and plan.samples.all():
+                bucket = self._graphs.bucket_of(plan.rows.size)
+                staged = self._rows.stage_decode(plan.rows, plan.starts_at, bucket)
+                begin = partial(self._graphs.run, staged, *kinds)
+            else:
+                staged = self._rows.stage_mixed(plan, plan.num_tokens)
+                begin = partial(self._mixed, plan, staged, *kinds)
+            fetched = self._within_memory(lambda: self._fetched(begin, len(staged.sample_rows_L)))
+            flight = replace(flight, results=fetched[0], arrived=fetched[1])
         self._in_flight.append(flight)
-
-    def _begin(self, plan: StepPlan) -> Tensor | None:
-        """Results of a step whose ids the device samples; None where no row samples."""
-        filters = bool(self._filters_R[plan.rows[plan.samples]].any())
-        if plan.num_tokens == plan.rows.size and plan.samples.all():
-            bucket = self._graphs.bucket_of(plan.rows.size)
-            staged = self._rows.stage_decode(plan.rows, plan.starts_at, bucket)
-            return self._graphs.run(staged, filters=filters)
-        staged = self._rows.stage_mixed(plan, plan.num_tokens)
-        logits_LV = self._forward_mixed(plan, staged)
-        return self._sample(logits_LV, staged.sample_rows_L, filters=filters) if len(logits_LV) else None
 
     def collect(self) -> StepResult:
         """Wait for the oldest submitted plan and return its ids; rows whose logits are not finite are `broken`."""
         assert self._in_flight, "submit() comes before collect()"
         flight = self._in_flight.popleft()
-        if flight.logits_LV is not None:
-            with torch.cuda.stream(self._steps):
-                flight = self._sampled_by_host(flight)
-        plan = flight.plan
-        if flight.results is None:
+        plan, num_lines = flight.plan, len(flight.log_probs_L)
+        if flight.results is None or not num_lines:
             return StepResult(plan.step, _NO_IDS)
         if flight.arrived is not None:
             flight.arrived.synchronize()
-        rows_L = plan.rows[plan.samples]
-        ids_L, log_prob_bits_L, are_bad_L = flight.results[:, : rows_L.size].numpy()
-        broken_L = are_bad_L.astype(np.bool_)
-        self._sampler.note(rows_L, flight.epochs_L, (plan.starts_at + plan.lengths)[plan.samples], ids_L)
-        log_probs_L = self._sampler.asked_log_probs(rows_L, log_prob_bits_L.view(np.float32))
+        ids_L, log_prob_bits_L, are_bad_L = flight.results[:, :num_lines].numpy()
+        broken_L, log_probs_L = are_bad_L.astype(np.bool_), None
+        if flight.log_probs_L.any():
+            log_probs_L = np.where(flight.log_probs_L, log_prob_bits_L.view(np.float32), np.float32(np.nan))
         return StepResult(plan.step, ids_L, log_probs_L, broken_L if broken_L.any() else None)
 
     def close(self) -> None:
@@ -179,24 +184,30 @@ class DeviceRunner:
 
     # --- passes
 
-    def _decode(self, staged: StagedStep, filters: bool) -> Tensor:
+    def _decode(self, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
         """One token for every row, from its row to its result; what a graph captures."""
         bucket = len(staged.rows_S)
         ids, positions, slots, lens = (self._integers(bucket) for _ in range(4))
         self._prepare(staged, ids, positions, slots, lens)
+        workspace, tiles = self._splits_of(bucket)
         inputs = DeviceInputs(
             ids_T=ids,
             positions_T=positions,
             slots_T=slots,
             tables_SM=self._tables(staged.rows_S),
             lens_S=lens,
-            workspace=self._splits_of(bucket),
+            workspace=workspace,
+            tiles=tiles,
         )
-        return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters=filters)
+        return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 
-    def _forward_mixed(self, plan: StepPlan, staged: StagedStep) -> Tensor:
+    def _mixed(self, plan: StepPlan, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
+        """Tokens of rows as planned, from their rows to the results of those that sample."""
         ids, positions, slots = (self._integers(plan.num_tokens) for _ in range(3))
         self._prepare(staged, ids, positions, slots, None)
+        workspace, tiles = None, None
+        if staged.long_lens_S is not None:
+            workspace, tiles = self._splits_of(self._graphs.bucket_of(plan.rows.size))
         inputs = DeviceInputs(
             ids_T=ids,
             positions_T=positions,
@@ -206,8 +217,11 @@ class DeviceRunner:
             past_lens_S=staged.starts_S,
             max_query_len=int(plan.lengths.max()),
             take_L=staged.take_L,
+            long_lens_S=None if workspace is None else staged.long_lens_S,
+            workspace=workspace,
+            tiles=tiles,
         )
-        return self._model.forward(inputs)
+        return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 
     def _integers(self, count: int) -> Tensor:
         """One tensor for each purpose: engines and kernels want them to begin at round addresses."""
@@ -235,29 +249,48 @@ class DeviceRunner:
     def _tables(self, rows_S: Tensor) -> Tensor:
         return self._rows.tables_RB.index_select(0, rows_S.clamp_min(0))
 
-    def _sample(self, logits_LV: Tensor, rows_L: Tensor, *, filters: bool) -> Tensor:
+    def _sample(self, logits_LV: Tensor, rows_L: Tensor, filters: bool, adjusts: bool) -> Tensor:
         """Choose ids, make them tokens of their rows, and return what the host wants to know: int32 [3, L]."""
-        rows = self._rows
-        sampled = sample(logits_LV, rows_L, rows.num_tokens_R, rows.parameters, self._workspace, filters=filters)
-        results = torch.empty(3, len(rows_L), dtype=torch.int32, device=self._device)
+        rows, num_lines = self._rows, len(rows_L)
+        # Nothing is allocated after the first kernel: a pass that runs again for want of memory has counted no token.
+        out = self._workspace.sampled(num_lines)
+        results = torch.empty(3, num_lines, dtype=torch.int32, device=self._device)
+        if not num_lines:
+            return results
+        sample(
+            logits_LV,
+            rows_L,
+            rows.state,
+            rows.num_tokens_R,
+            rows.parameters,
+            self._workspace,
+            stride_tokens=rows.stride_tokens,
+            filters=filters,
+            adjusts=adjusts,
+            out=out,
+        )
         append(
             rows.state,
             rows.num_tokens_R,
             rows_L,
-            sampled.ids_L,
-            sampled.log_probs_L,
-            sampled.are_bad_L,
+            out.ids_L,
+            out.log_probs_L,
+            out.are_bad_L,
             results,
             stride_tokens=rows.stride_tokens,
         )
         return results
 
-    def _fetched(self, results: Tensor | None) -> tuple[Tensor | None, torch.cuda.Event | None]:
-        """Results on their way to the host, on a stream of their own: the next step need not wait for them."""
-        if results is None or self._copies is None:
-            return (None if results is None else results.clone()), None
-        kept = results.clone()  # a captured graph writes to the same place again
+    def _fetched(self, begin: Callable[[], Tensor], num_lines: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The results of a pass on their way to the host, on a stream of their own: the next step need not wait.
+
+        All memory that they need is there before the pass begins.
+        """
+        kept = torch.empty(3, num_lines, dtype=torch.int32, device=self._device)
+        if self._copies is None:
+            return kept.copy_(begin()), None
         on_host = torch.empty(kept.shape, dtype=torch.int32, pin_memory=True)
+        kept.copy_(begin())  # a captured graph writes to the same place again
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             on_host.copy_(kept, non_blocking=True)
@@ -265,103 +298,57 @@ class DeviceRunner:
             arrived = self._copies.record_event()
         return on_host, arrived
 
-    def _sampled_by_host(self, flight: _Flight) -> _Flight:
-        """Ids of rows with wishes that only the host's sampler knows; they reach the device with the next step."""
-        plan = flight.plan
-        assert flight.logits_LV is not None
-        rows_L = plan.rows[plan.samples]
-        ids_L, log_probs_L, are_bad_L = self._sampler.sample(flight.logits_LV.float().cpu().numpy(), rows_L)
-        self._rows.put(rows_L, (plan.starts_at + plan.lengths)[plan.samples], ids_L)
-        results = np.stack([ids_L, log_probs_L.view(np.int32), are_bad_L.astype(np.int32)])
-        return _Flight(plan, flight.epochs_L, torch.from_numpy(results))
+    def _within_memory(self, call: Callable[[], T]) -> T:
+        """`call`, and once more where memory did not suffice, after giving up what can be spared."""
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            self._make_room(error)
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            raise OutOfMemory(f"{self._device}: a step did not find its memory: {first_line(error)}") from None
 
-    def _copy_blocks(self, plan: StepPlan) -> None:
-        if plan.copy_out_blocks is not None and plan.copy_out_slots is not None:
-            self._model.blocks.copy_out(self._on_device(plan.copy_out_blocks), _index(plan.copy_out_slots))
-        if plan.copy_in_slots is not None and plan.copy_in_blocks is not None:
-            self._model.blocks.copy_in(_index(plan.copy_in_slots), self._on_device(plan.copy_in_blocks))
-        if plan.copy_sources is not None and plan.copy_targets is not None and plan.copy_sources.size:
-            self._model.blocks.copy(self._on_device(plan.copy_sources), self._on_device(plan.copy_targets))
+    def _make_room(self, error: RuntimeError) -> None:
+        self.num_shortages += 1
+        log.warning("%s; captured graphs and cached memory are given up, the step runs again", first_line(error))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # no graph is running
+        self._graphs.release()
+        self._splits.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _on_device(self, ids: Int32Array) -> Tensor:
-        on_host = torch.from_numpy(np.ascontiguousarray(ids, np.int32))
-        if self._device.type == "cuda":  # from other memory the copy would wait for the steps in flight
-            on_host = on_host.pin_memory()
-        return on_host.to(self._device, non_blocking=True)
+    def _copies_of(self, plan: StepPlan) -> Iterator[Callable[[], None]]:
+        """Copies of blocks, in order. None of them changes what it reads."""
+        blocks, device = self._model.blocks, self._device
+        if (out_blocks := plan.copy_out_blocks) is not None and (out_slots := plan.copy_out_slots) is not None:
+            yield lambda: blocks.copy_out(copied(out_blocks, device), _index(out_slots))
+        if (in_slots := plan.copy_in_slots) is not None and (in_blocks := plan.copy_in_blocks) is not None:
+            yield lambda: blocks.copy_in(_index(in_slots), copied(in_blocks, device))
+        if (sources := plan.copy_sources) is not None and (targets := plan.copy_targets) is not None and sources.size:
+            yield lambda: blocks.copy(copied(sources, device), copied(targets, device))
 
-    def _splits_of(self, num_rows: int) -> SplitWorkspace | None:
-        """The workspace for decoding so many rows, made once; None where no context is split."""
+    def _splits_of(self, num_rows: int) -> tuple[SplitWorkspace | None, AttentionTiles]:
+        """How so many rows decode: measured on this card, or estimated; and the workspace for it, made once."""
         if num_rows not in self._splits:
-            config = self._model.config
-            longest = self.limits.max_model_len
-            num_splits = choose_num_splits(num_rows, config.num_kv_heads, longest, self._num_sms)
-            self._splits[num_rows] = None
-            if num_splits > 1:
-                sizes = (num_rows, config.num_heads, num_splits, config.head_dim)
-                self._splits[num_rows] = SplitWorkspace.empty(*sizes, self._device)
+            c, longest, cache = self._model.config, self.limits.max_model_len, self._model.blocks.element
+            measured = measured_tiles(
+                self._model.activations, cache, num_rows, c.num_heads, c.num_kv_heads, c.head_dim, longest, self._device
+            )
+            tiles = measured or default_tiles(
+                num_rows, c.num_kv_heads, c.head_dim, cache.itemsize, longest, self._num_sms
+            )
+            workspace = None
+            if tiles.num_splits > 1:
+                sizes = (num_rows, c.num_heads, tiles.num_splits, c.head_dim)
+                workspace = SplitWorkspace.empty(*sizes, self._device)
+            self._splits[num_rows] = workspace, tiles
         return self._splits[num_rows]
-
-
-class _HostSampler:
-    """The numpy sampler with the tokens that it needs, for rows whose wishes the device does not know."""
-
-    def __init__(self, max_num_seqs: int, max_model_len: int, vocab_size: int) -> None:
-        self._sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size)
-        self._tokens_RM = np.zeros((max_num_seqs, max_model_len), np.int32)
-        self._num_tokens_R = np.zeros(max_num_seqs, np.int32)
-        self._epochs_R = np.zeros(max_num_seqs, np.int32)
-        self._knows_more_R = np.zeros(max_num_seqs, np.bool_)
-        self._log_probs_R = np.zeros(max_num_seqs, np.bool_)
-
-    def start(self, start: RowStart) -> None:
-        row, num_tokens = start.row, start.token_ids.size
-        self._sampler.start(start)
-        self._tokens_RM[row, :num_tokens], self._num_tokens_R[row] = start.token_ids, num_tokens
-        self._epochs_R[row] += 1
-        self._knows_more_R[row] = RowAdjustments.needed(start.sampling)
-        self._log_probs_R[row] = start.sampling.log_probs
-
-    def end(self, row: int) -> None:
-        self._sampler.end(row)
-        self._knows_more_R[row] = self._log_probs_R[row] = False
-
-    def knows_more(self, rows_L: Int32Array) -> bool:
-        return bool(self._knows_more_R[rows_L].any())
-
-    def epochs_of(self, rows_L: Int32Array) -> Int32Array:
-        """Tells who holds a row from who held it before."""
-        return self._epochs_R[rows_L]
-
-    def note(self, rows_L: Int32Array, epochs_L: Int32Array, positions_L: Int32Array, ids_L: Int32Array) -> None:
-        """Ids that became tokens of their rows, but of those that somebody else has taken meanwhile."""
-        current = (self._epochs_R[rows_L] == epochs_L) & (positions_L < self._tokens_RM.shape[1])
-        rows, positions = rows_L[current], positions_L[current]
-        self._tokens_RM[rows, positions] = ids_L[current]
-        self._num_tokens_R[rows] = positions + 1
-
-    def asked_log_probs(self, rows_L: Int32Array, log_probs_L: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        asked_L = self._log_probs_R[rows_L]
-        return np.where(asked_L, log_probs_L, np.float32(np.nan)) if asked_L.any() else None
-
-    def sample(
-        self, logits_LV: NDArray[np.float32], rows_L: Int32Array
-    ) -> tuple[Int32Array, NDArray[np.float32], NDArray[np.bool_]]:
-        """Ids, log probabilities (NaN where nobody asked) and lines that are not finite."""
-        ids_L, log_probs_L = np.zeros(rows_L.size, np.int32), np.full(rows_L.size, np.nan, np.float32)
-        sound_L = np.ones(rows_L.size, np.bool_)
-        while sound_L.any():
-            try:
-                ids, log_probs = self._sampler.sample(
-                    logits_LV[sound_L], rows_L[sound_L], self._tokens_RM, self._num_tokens_R
-                )
-            except NonFiniteLogits as error:
-                sound_L &= ~np.isin(rows_L, error.rows)
-                continue
-            ids_L[sound_L] = ids
-            if log_probs is not None:
-                log_probs_L[sound_L] = log_probs
-            break
-        return ids_L, log_probs_L, ~sound_L
 
 
 def _padding(num_tokens: int) -> StepPlan:

@@ -8,18 +8,22 @@ from pathlib import Path
 
 import torch
 
-from pageflight.core.config import EngineConfig
-from pageflight.core.errors import ConfigError
+from pageflight.core.config import EngineConfig, SchedulerConfig
+from pageflight.core.errors import ConfigError, OutOfMemory
 from pageflight.core.manifest import EngineManifest
+from pageflight.kernels.launcher import check_launcher
 from pageflight.kv.capacity import Capacity, FreeMemory, free_memory, resolve_capacity
 from pageflight.lowering.device_model import DeviceModel, KernelModel
 from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.tensorrt_model import load_segments
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.runners.device import DeviceRunner
+from pageflight.runners.device_wishes import wishes_bytes
 
 log = logging.getLogger(__name__)
 
+SHRUNK_TO, LEAST_SHARE = 0.9, 0.5
+"""Share of its blocks that a cache keeps when they do not fit, and that of the computed size that it keeps at least."""
 RESERVED_BYTES = 1 << 30
 """For what is not measured beforehand: captured graphs, library handles, splits of contexts."""
 
@@ -43,10 +47,13 @@ def load_on_gpu(
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
+    if device.type == "cuda":
+        check_launcher()
     model, longest = _model(engine_dir, device)
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
+    pass_bytes += wishes_bytes(scheduler.max_num_seqs, model.config.vocab_size)
     capacity = resolve_capacity(
         replace(config.kv, block_size=model.blocks.block_size),
         scheduler,
@@ -57,18 +64,48 @@ def load_on_gpu(
         fraction=1.0,
     )
     log.info("%s: a pass takes %d bytes; cache: %s", device, pass_bytes, capacity.reason)
-    runner = DeviceRunner(
-        model,
-        num_blocks=capacity.kv.num_blocks,
-        num_host_blocks=capacity.kv.num_host_blocks,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_tokens=most_tokens,
-        max_model_len=capacity.max_sequence_len,
-    )
-    if device.type == "cuda":
-        runner.warm_up(scheduler.max_num_tokens)
-        model.warmed_up()
-    return runner, capacity
+    return _runner(model, capacity, scheduler, most_tokens)
+
+
+def _runner(
+    model: DeviceModel, capacity: Capacity, scheduler: SchedulerConfig, most_tokens: int
+) -> tuple[DeviceRunner, Capacity]:
+    """A runner that is warm, with the blocks that the device really has memory for, as long as these are not too few.
+
+    Others may have taken some since it was measured, and what is compiled first takes some that nobody measured.
+    """
+    wanted = capacity.kv.num_blocks
+    while True:
+        try:
+            runner = DeviceRunner(
+                model,
+                num_blocks=capacity.kv.num_blocks,
+                num_host_blocks=capacity.kv.num_host_blocks,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_num_tokens=most_tokens,
+                max_model_len=capacity.max_sequence_len,
+            )
+            if model.device.type == "cuda":
+                runner.warm_up(scheduler.max_num_tokens)
+                model.warmed_up()
+            return runner, capacity
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        num_blocks = int(capacity.kv.num_blocks * SHRUNK_TO)
+        if num_blocks < max(1, wanted * LEAST_SHARE):
+            raise OutOfMemory(f"{model.device}: not even {capacity.kv.num_blocks} of {wanted} blocks fit: {reason}")
+        log.warning("%d blocks do not fit, trying %d: %s", capacity.kv.num_blocks, num_blocks, reason)
+        model.blocks.free()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest = min(capacity.max_sequence_len, num_blocks * model.blocks.block_size + 1)
+        capacity = replace(
+            capacity,
+            kv=replace(capacity.kv, num_blocks=num_blocks),
+            num_bytes=num_blocks * model.blocks.bytes_per_block,
+            max_sequence_len=longest,
+            reason=f"{capacity.reason}; {wanted} blocks did not fit",
+        )
 
 
 def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:

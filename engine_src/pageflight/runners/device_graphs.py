@@ -17,9 +17,11 @@ from pageflight.runners.device_rows import StagedStep
 
 log = logging.getLogger(__name__)
 
-Decode = Callable[[StagedStep, bool], Tensor]
+Decode = Callable[[StagedStep, bool, bool], Tensor]
 RUNS_BEFORE = 2
 """Eager runs of a size before it is captured: they compile kernels and make library handles, which no capture may."""
+PATIENCE = 256
+"""So many times as many after every release: what memory was taken from is not to be lacking again at once."""
 
 
 @dataclass(slots=True)
@@ -36,34 +38,40 @@ class Graphs:
         self._decode, self._device = decode, device
         self._is_used = is_used and device.type == "cuda"
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else ()
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, bool, bool], _Captured] = {}
+        self._runs_before = RUNS_BEFORE
         self._pool = torch.cuda.graph_pool_handle() if self._is_used else None
 
     def bucket_of(self, num_rows: int) -> int:
         """Rows that such a step runs with."""
         return next((size for size in self._sizes if size >= num_rows), num_rows)
 
-    def run(self, staged: StagedStep, *, filters: bool) -> Tensor:
+    def run(self, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
         """`decode` of a step whose tensors are always in the same place; its result is overwritten by the next."""
         if not self._is_used:
-            return self._decode(staged, filters)
-        captured = self._captured.setdefault((len(staged.rows_S), filters), _Captured())
+            return self._decode(staged, filters, adjusts)
+        captured = self._captured.setdefault((len(staged.rows_S), filters, adjusts), _Captured())
         if captured.graph is not None and captured.results is not None:
             captured.graph.replay()
             return captured.results
-        results = self._decode(staged, filters)
+        results = self._decode(staged, filters, adjusts)
         captured.num_runs += 1
-        if captured.num_runs == RUNS_BEFORE:
-            self._capture(captured, staged, filters)
+        if captured.num_runs == self._runs_before:
+            self._capture(captured, staged, filters, adjusts)
         return results
 
-    def _capture(self, captured: _Captured, staged: StagedStep, filters: bool) -> None:
+    def release(self) -> None:
+        """Give back the memory of all graphs, none of which may be running. Sizes are captured again, but later."""
+        self._captured.clear()
+        self._runs_before *= PATIENCE
+
+    def _capture(self, captured: _Captured, staged: StagedStep, filters: bool, adjusts: bool) -> None:
         """Record the step that has just run. Where that fails, steps of this size go on without a graph."""
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                results = self._decode(staged, filters)
+                results = self._decode(staged, filters, adjusts)
         except RuntimeError as error:  # no memory among them
             log.warning("no graph of %d rows: %s", len(staged.rows_S), error)
             return

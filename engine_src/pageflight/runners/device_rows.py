@@ -5,7 +5,7 @@ Shapes: R rows, P most tokens of a row, B most blocks of a row; S rows that run,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pageflight.core.plan import RowStart, StepPlan
-from pageflight.kernels.sampling import RowParameters, packed
-from pageflight.kernels.step_inputs import scatter
+from pageflight.kernels.sampling import RowParameters
+from pageflight.kernels.step_inputs import fill, scatter
+from pageflight.lowering.device_blocks import LONG_CONTEXT
+from pageflight.runners.device_wishes import Wishes
 
 Int32Array = NDArray[np.int32]
 NUM_STAGES = 3  # one being filled while one travels and one is read
 ROUND = 64  # words, 256 bytes: what TensorRT asks of addresses, and kernels are compiled for
 MAX_CHANGES = 1 << 16  # words changed by one launch
+RUNS_OF_A_START = 3  # its tokens, and two lines of parameters
 _NO_WORDS = np.zeros(0, np.int32)
 
 
@@ -34,6 +37,7 @@ class StagedStep:
     token_begins: Tensor | None = None  # [S + 1]
     sequences_T: Tensor | None = None
     take_L: Tensor | None = None
+    long_lens_S: Tensor | None = None  # of rows that decode behind more than `LONG_CONTEXT` keys; None: no such row
 
 
 class DeviceRows:
@@ -61,31 +65,26 @@ class DeviceRows:
         self._parameters_at = ((floats_at, floats.size // max_num_seqs), (integers_at, integers.size // max_num_seqs))
         self.num_tokens_R = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._starts_at = _rounded(max_num_seqs)
-        self._staging = _Staging(8 * ROUND + 5 * max_num_seqs + 1 + max_num_tokens + 2 * MAX_CHANGES, device)
-        self._pending: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
+        num_staged = 6 * max_num_seqs + 1 + max_num_tokens
+        num_changes = 2 * MAX_CHANGES + 2 * RUNS_OF_A_START * max_num_seqs + 1 + MAX_CHANGES
+        self._staging = _Staging(13 * ROUND + num_staged + num_changes, device)
+        self._pairs: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
+        self._runs: dict[int, Int32Array] = {}  # where consecutive words begin, and their values
 
-    def change(self, plan: StepPlan) -> None:
-        """Rows that start and block tables that change; they reach the device with the next `stage`."""
-        for start in plan.starts:
-            self._start(start)
+    def change(self, plan: StepPlan, wishes: Sequence[Wishes]) -> None:
+        """Rows that start, with their wishes, and block tables that change; the next `stage` takes them over."""
+        for start, wished in zip(plan.starts, wishes, strict=True):
+            self._start(start, wished)
         if plan.table_rows is not None and plan.table_columns is not None and plan.table_blocks is not None:
             words = self.tables_at + plan.table_rows.astype(np.int64) * self.stride_tables + plan.table_columns
-            self._pending.append((words.astype(np.int32), plan.table_blocks.astype(np.int32)))
+            self._pairs.append((words.astype(np.int32), plan.table_blocks.astype(np.int32)))
 
-    def put(self, rows_L: Int32Array, positions_L: Int32Array, ids_L: Int32Array) -> None:
-        """Tokens that the host chose."""
-        words = rows_L.astype(np.int64) * self.stride_tokens + positions_L
-        self._pending.append((words.astype(np.int32), ids_L.astype(np.int32)))
-
-    def _start(self, start: RowStart) -> None:
+    def _start(self, start: RowStart, wishes: Wishes) -> None:
         row, num_tokens = start.row, start.token_ids.size
         assert 0 < num_tokens <= self.stride_tokens, "a sequence starts with at least one token and fits its row"
-        first = row * self.stride_tokens
-        self._pending.append((np.arange(first, first + num_tokens, dtype=np.int32), start.token_ids.astype(np.int32)))
-        lines = packed(start.sampling, start.sequence_index)
-        for (at, size), line in zip(self._parameters_at, lines, strict=True):
-            words = np.arange(at + row * size, at + (row + 1) * size, dtype=np.int32)
-            self._pending.append((words, line.numpy().view(np.int32)))
+        self._runs[row * self.stride_tokens] = start.token_ids.astype(np.int32)
+        for (at, size), line in zip(self._parameters_at, (wishes.floats, wishes.integers), strict=True):
+            self._runs[at + row * size] = line
 
     def stage_decode(self, rows_S: Int32Array, starts_S: Int32Array, bucket: int) -> StagedStep:
         """A step of one token for every row, filled up with padding to `bucket` rows."""
@@ -100,6 +99,7 @@ class DeviceRows:
         """A step with chunks, exactly as planned."""
         begins = np.zeros(plan.rows.size + 1, np.int32)
         np.cumsum(plan.lengths, out=begins[1:])
+        is_long = (plan.lengths == 1) & (plan.starts_at >= LONG_CONTEXT)
         parts = (
             plan.rows,
             plan.starts_at.astype(np.int32),
@@ -107,10 +107,18 @@ class DeviceRows:
             plan.rows[plan.samples],
             (begins[1:] - 1)[plan.samples],
             np.repeat(np.arange(plan.rows.size, dtype=np.int32), plan.lengths),
+            np.where(is_long, plan.starts_at + 1, 0).astype(np.int32),
         )
-        rows, starts, token_begins, sample_rows, take, sequences = self._stage(parts)
+        rows, starts, token_begins, sample_rows, take, sequences, long_lens = self._stage(parts)
         assert len(sequences) == num_tokens
-        return StagedStep(rows, starts, sample_rows, token_begins, sequences, take)
+        has_long = bool(is_long.any())
+        return StagedStep(rows, starts, sample_rows, token_begins, sequences, take, long_lens if has_long else None)
+
+    def warm_up(self) -> None:
+        """Launch what applies changes, while no row is held."""
+        self._pairs.append((np.ones(1, np.int32), np.zeros(1, np.int32)))
+        self._runs[0] = np.zeros(1, np.int32)
+        self.flush()
 
     def flush(self) -> None:
         """What has changed reaches the device without a step."""
@@ -118,29 +126,58 @@ class DeviceRows:
 
     def _stage(self, parts: Sequence[Int32Array], places: Sequence[int] | None = None) -> list[Tensor]:
         """Copy `parts` and the pending changes over, apply these, and return where the parts lie."""
-        words, values = self._take_changes()
+        words, values = self._take_pairs()
+        *earlier, runs = self._take_runs()
+        for some in earlier:
+            self._send((), None, _NO_WORDS, _NO_WORDS, some)
         while words.size > MAX_CHANGES:
-            self._send((), None, words[:MAX_CHANGES], values[:MAX_CHANGES])
+            self._send((), None, words[:MAX_CHANGES], values[:MAX_CHANGES], [])
             words, values = words[MAX_CHANGES:], values[MAX_CHANGES:]
-        return self._send(parts, places, words, values)
+        return self._send(parts, places, words, values, runs)
 
     def _send(
-        self, parts: Sequence[Int32Array], places: Sequence[int] | None, words: Int32Array, values: Int32Array
+        self,
+        parts: Sequence[Int32Array],
+        places: Sequence[int] | None,
+        words: Int32Array,
+        values: Int32Array,
+        runs: Sequence[tuple[int, Int32Array]],
     ) -> list[Tensor]:
-        *on_parts, on_words, on_values = self._staging.send((*parts, words, values), places)
+        begins = np.array([begin for begin, _ in runs], np.int32)
+        lengths = np.array([run.size for _, run in runs], np.int32)
+        offsets = np.zeros(len(runs) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        filled = np.concatenate([run for _, run in runs]) if runs else _NO_WORDS
+        changes = (words, values, begins, offsets, filled)
+        *on_parts, on_words, on_values, on_begins, on_offsets, on_filled = self._staging.send(
+            (*parts, *changes), places
+        )
         scatter(self.state, on_words, on_values)
+        fill(self.state, on_begins, on_offsets, on_filled, int(lengths.max(initial=0)))
         return on_parts
 
-    def _take_changes(self) -> tuple[Int32Array, Int32Array]:
-        pending, self._pending = self._pending, []
-        if not pending:
+    def _take_pairs(self) -> tuple[Int32Array, Int32Array]:
+        pairs, self._pairs = self._pairs, []
+        if not pairs:
             return _NO_WORDS, _NO_WORDS
-        words, values = (np.concatenate(part) for part in zip(*pending, strict=True))
-        if len(pending) > 1:  # a word changed twice has its last value
-            _, last = np.unique(words[::-1], return_index=True)
-            keep = np.sort(words.size - 1 - last)
-            words, values = words[keep], values[keep]
+        words, values = (np.concatenate(part) for part in zip(*pairs, strict=True))
         return words, values
+
+    def _take_runs(self) -> Iterator[list[tuple[int, Int32Array]]]:
+        """Runs in batches of at most `MAX_CHANGES` values; the last one may be empty."""
+        pending, self._runs = self._runs, {}
+        batch: list[tuple[int, Int32Array]] = []
+        room = MAX_CHANGES
+        for begin, run in pending.items():
+            at = 0
+            while at < run.size:
+                if not room:
+                    yield batch
+                    batch, room = [], MAX_CHANGES
+                part = run[at : at + room]
+                batch.append((begin + at, part))
+                at, room = at + part.size, room - part.size
+        yield batch
 
 
 class _Staging:
@@ -182,5 +219,5 @@ def _rounded(num_words: int) -> int:
 
 def packed_rows(num_rows: int) -> tuple[Int32Array, Int32Array]:
     """Words of the sampling parameters of greedy rows: floats of all rows, then integers of all rows."""
-    parameters = RowParameters.empty(num_rows, 1, "cpu")
+    parameters = RowParameters.empty(num_rows, "cpu")
     return parameters.floats.numpy().view(np.int32).ravel(), parameters.integers.numpy().view(np.int32).ravel()

@@ -1,4 +1,4 @@
-"""A FakeRunner that dies, raises or hangs on demand: for showing what becomes of the others."""
+"""A FakeRunner that dies, raises, hangs or runs out of memory on demand: for showing what becomes of the others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pageflight.core.errors import OutOfMemory
 from pageflight.core.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ class Fault:
     """What happens in every step that computes a token with this id."""
 
     token_id: int
-    kind: Literal["exit", "abort", "kill", "raise", "hang"]
+    kind: Literal["exit", "abort", "kill", "raise", "hang", "memory"]
     when: Literal["submit", "collect"] = "submit"
     """Before the news of the step before have gone out, or after."""
+    above_blocks: int = 0
+    """Only where the cache has more blocks, which take the memory."""
 
 
 class FaultyRunner:
@@ -31,7 +34,8 @@ class FaultyRunner:
     def __init__(self, runner: FakeRunner, faults: Sequence[Fault]) -> None:
         self.limits = runner.limits
         self._runner = runner
-        self._faults = {fault.token_id: fault for fault in faults}
+        num_blocks = runner.limits.num_blocks
+        self._faults = {fault.token_id: fault for fault in faults if num_blocks > fault.above_blocks}
         self._due: Fault | None = None
 
     def submit(self, plan: StepPlan) -> None:
@@ -58,5 +62,7 @@ class FaultyRunner:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._due.kind == "raise":
             raise RuntimeError(f"the engine does not like token {self._due.token_id}")
+        if self._due.kind == "memory":
+            raise OutOfMemory(f"no memory for token {self._due.token_id}")
         while True:
             time.sleep(3600)
