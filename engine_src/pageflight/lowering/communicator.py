@@ -20,3 +20,6 @@ class Communicator(Protocol):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's `x` [...], by rank: [size, ...]. The same bits on all ranks."""
+
+    def least(self, number: int) -> int:
+        """The smallest of every rank's `number`."""

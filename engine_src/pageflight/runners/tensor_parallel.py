@@ -1,0 +1,160 @@
+"""One model on several ranks: this process is the first, the others are processes that it starts and watches.
+
+All ranks get the same plans, one message per step, and compute them with their parts of the weights. Logits are
+gathered, so all sample the same ids from the same bits, and none has to be told.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError, PageflightError, RankLost
+from pageflight.core.manifest import EngineManifest
+from pageflight.core.plan import StepPlan, StepResult
+from pageflight.kv.capacity import Capacity
+from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.models.sharding import Shard
+from pageflight.runners.base import Runner, StagingRunner
+from pageflight.runners.host import run_on_host
+from pageflight.runners.plan_frames import PlanEncoder
+from pageflight.runners.process_group import GroupCommunicator, open_store, reach_store
+from pageflight.runners.rank_messages import RankSpec, digest_of
+from pageflight.runners.rank_processes import GRACE_S, OnLoss, RankProcesses
+
+
+class TensorParallelRunner:
+    """Runs plans on the first rank's `runner` while the other ranks run them too. Raises RankLost when one is gone, or
+    has sampled other ids."""
+
+    def __init__(self, runner: Runner, ranks: RankProcesses, communicator: GroupCommunicator) -> None:
+        self.limits = runner.limits
+        self._runner, self._ranks, self._communicator = runner, ranks, communicator
+        self._plans = PlanEncoder()
+        self._num_in_flight = 0
+        self._digests: dict[int, tuple[int, int]] = {}  # by step: of the first rank's result, and ranks yet to come
+        self._early: list[tuple[int, int, int]] = []  # rank, step and digest of results that the first does not have
+        self._is_whole = True
+
+    def submit(self, plan: StepPlan) -> None:
+        """Tell all ranks, and begin the forward pass here."""
+        try:
+            self._ranks.send(self._plans.message(plan))
+            self._num_in_flight += 1
+            self._runner.submit(plan)
+        except (RuntimeError, PageflightError) as error:
+            raise self._broken(error) from error
+
+    def stage(self, plan: StepPlan) -> None:
+        """Prepare the next plan here. The other ranks have time for that while this one settles a step."""
+        if isinstance(self._runner, StagingRunner):
+            self._runner.stage(plan)
+
+    def collect(self) -> StepResult:
+        """The first rank's result, and what all others have said of theirs so far must agree with it."""
+        try:
+            result = self._runner.collect()
+        except RuntimeError as error:
+            raise self._broken(error) from error
+        self._num_in_flight -= 1
+        self._compare(result)
+        return result
+
+    def close(self) -> None:
+        is_whole = self._is_whole and not self._num_in_flight and self._ranks.loss() is None
+        if not is_whole:
+            self._ranks.close(at_once=True)
+        self._runner.close()
+        self._communicator.close()
+        self._ranks.close(at_once=not is_whole)
+
+    def _compare(self, result: StepResult) -> None:
+        self._digests[result.step] = digest_of(result), self._communicator.shard.size - 1
+        self._early += [(rank, computed.step, computed.digest) for rank, computed in self._ranks.computed()]
+        arrived, self._early = self._early, []
+        for rank, step, theirs in arrived:
+            if step not in self._digests:
+                self._early.append((rank, step, theirs))
+                continue
+            ours, num_missing = self._digests.pop(step)
+            if theirs != ours:
+                self._is_whole = False
+                raise RankLost(f"rank {rank} has other results than rank 0 in step {step}")
+            if num_missing > 1:
+                self._digests[step] = ours, num_missing - 1
+
+    def _broken(self, error: Exception) -> Exception:
+        """What is behind an error: a sum fails where a rank has died."""
+        self._is_whole = False
+        return self._ranks.loss(wait_s=GRACE_S) or error
+
+
+def load_tensor_parallel(
+    engine_dir: Path,
+    config: EngineConfig,
+    *,
+    num_threads: int,
+    num_instances: int,
+    on_loss: OnLoss | None = None,
+) -> tuple[TensorParallelRunner, Capacity]:
+    """Load an engine onto `config.tensor_parallel` ranks, each with its part of the weights and of the K/V heads.
+
+    `num_threads` are shared by the ranks. `on_loss`: see `RankProcesses`. Raises ConfigError for sizes that do not
+    work, ManifestMismatch for an engine that does not fit, RankLost when a rank dies meanwhile.
+    """
+    size, manifest = config.tensor_parallel, EngineManifest.read(engine_dir)
+    if manifest.lowering != "torch":
+        raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {manifest.lowering}")
+    first, *others = (Shard(rank=rank, size=size) for rank in range(size))
+    TorchLowering().opened(engine_dir).split(first)  # refuses what does not work before a process is started
+    _device(first)
+    store, port = open_store()
+
+    def spec(shard: Shard) -> RankSpec:
+        return RankSpec(
+            engine_dir=str(engine_dir),
+            config=config,
+            shard=shard,
+            port=port,
+            num_threads=max(1, num_threads // size),
+            num_instances=num_instances,
+        )
+
+    ranks = RankProcesses([spec(shard) for shard in others], on_loss)
+    try:
+        ranks.wait_present()
+        communicator = GroupCommunicator(first, store, _device(first))
+        runner, capacity = _load(spec(first), communicator)
+    except BaseException as error:
+        loss = ranks.loss(wait_s=GRACE_S) if isinstance(error, RuntimeError) else None
+        ranks.close(at_once=True)
+        if loss is not None:
+            raise loss from error
+        raise
+    return TensorParallelRunner(runner, ranks, communicator), capacity
+
+
+def join(spec: RankSpec) -> Runner:
+    """In the process of another rank: meet the others and load this rank's part."""
+    store = reach_store(spec.port)
+    return _load(spec, GroupCommunicator(spec.shard, store, _device(spec.shard)))[0]
+
+
+def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:
+    engine_dir, lowering = Path(spec.engine_dir), TorchLowering()
+    model = lowering.load_shard(engine_dir, communicator, num_threads=spec.num_threads)
+    return run_on_host(
+        lowering,
+        model,
+        EngineManifest.read(engine_dir),
+        spec.config,
+        num_instances=spec.num_instances,
+        communicator=communicator,
+    )
+
+
+def _device(shard: Shard) -> torch.device:
+    """Where a rank computes."""
+    return torch.device("cpu")
