@@ -94,6 +94,7 @@ def load(
     host_memory: int = 0,
     deterministic: bool = False,
     kv_admission: KVAdmission = "forecast",
+    tensor_parallel: int = 1,
 ) -> tuple[LoadedEngine, SchedulerConfig]:
     scheduler = SchedulerConfig(
         max_num_tokens=max_num_tokens,
@@ -108,7 +109,8 @@ def load(
         prefix_cache=prefix_cache,
         host_memory_bytes=host_memory,
     )
-    return load_engine(engine_dir, EngineConfig(kv=kv, scheduler=scheduler, num_threads=2)), scheduler
+    config = EngineConfig(kv=kv, scheduler=scheduler, num_threads=2, tensor_parallel=tensor_parallel)
+    return load_engine(engine_dir, config), scheduler
 
 
 def serve(
@@ -122,8 +124,9 @@ def serve(
     host_memory: int = 0,
     ahead: bool | None = None,
     deterministic: bool = False,
+    tensor_parallel: int = 1,
 ) -> Served:
-    """Run the requests to their ends through scheduler, loop and LocalRunner.
+    """Run the requests to their ends through scheduler, loop and runner.
 
     A cache of a given size is one that is meant to be too small: nobody forecasts what will fit.
     """
@@ -136,6 +139,7 @@ def serve(
         host_memory=host_memory,
         deterministic=deterministic,
         kv_admission="optimistic" if num_blocks else "forecast",
+        tensor_parallel=tensor_parallel,
     )
     limits = engine.runner.limits
     settings = replace(config, max_model_len=limits.max_model_len, replay_rows=limits.replay_rows)

@@ -107,9 +107,8 @@ def load_tensor_parallel(
     size, manifest = config.tensor_parallel, EngineManifest.read(engine_dir)
     if manifest.lowering != "torch":
         raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {manifest.lowering}")
-    first, *others = (Shard(rank=rank, size=size) for rank in range(size))
+    first = Shard(rank=0, size=size)
     TorchLowering().opened(engine_dir).split(first)  # refuses what does not work before a process is started
-    _device(first)
     store, port = open_store()
 
     def spec(shard: Shard) -> RankSpec:
@@ -122,7 +121,7 @@ def load_tensor_parallel(
             num_instances=num_instances,
         )
 
-    ranks = RankProcesses([spec(shard) for shard in others], on_loss)
+    ranks = RankProcesses([spec(Shard(rank=rank, size=size)) for rank in range(1, size)], on_loss)
     try:
         ranks.wait_present()
         communicator = GroupCommunicator(first, store, _device(first))
