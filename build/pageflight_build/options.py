@@ -87,8 +87,8 @@ class ServingOptions:
 
     `kv_memory` is in bytes, 0 means computed from free memory; `host_kv_memory` too, 0 is no second level of the cache.
     `threads` 0 means all cores shared by the instances. `tensor_parallel` is the ranks of an instance. `tenants` is the
-    absolute path of a tenants file, empty for none. `response_rate` is what an instance sends per second before it joins tokens of a stream, 0 follows the cores.
-    How requests are served: see `SchedulerConfig`.
+    absolute path of a tenants file, empty for none. `response_rate` is what an instance sends per second before it
+    joins tokens of a stream, 0 follows the cores. How requests are served: see `SchedulerConfig`.
     """
 
     kv_memory: int = 0
