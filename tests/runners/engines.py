@@ -141,13 +141,21 @@ def serve(
         kv_admission="optimistic" if num_blocks else "forecast",
         tensor_parallel=tensor_parallel,
     )
+    served = serve_on(engine, config, requests, ahead=ahead)
+    engine.runner.close()
+    return served
+
+
+def serve_on(
+    engine: LoadedEngine, config: SchedulerConfig, requests: list[Request], *, ahead: bool | None = None
+) -> Served:
+    """Run the requests to their ends; nothing of an earlier call is found in the cache."""
     limits = engine.runner.limits
     settings = replace(config, max_model_len=limits.max_model_len, replay_rows=limits.replay_rows)
     scheduler = Scheduler(settings, engine.capacity.kv, vocab_size=limits.vocab_size)
     mailbox = InMemoryMailbox()
     mailbox.send(*[Submit(request) for request in requests], Drain())
     EngineLoop(scheduler=scheduler, runner=engine.runner, mailbox=mailbox, ahead=ahead).run()
-    engine.runner.close()
     assert not mailbox.take_rejections()
     ids: dict[int, list[int]] = defaultdict(list)
     log_probs: dict[int, list[float]] = defaultdict(list)

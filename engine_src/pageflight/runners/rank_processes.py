@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
-from pageflight.core.errors import CheckpointError, ConfigError, ManifestMismatch, PageflightError, RankLost
+from pageflight.core.errors import STATUS, PageflightError, RankLost
 from pageflight.runners.rank_messages import Computed, Failed, FromRank, RankSpec, decode_from_rank, encode
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 GRACE_S = 1.0
 """What the first rank has to find out by itself that another died: the sum that it waits for fails, if it does."""
 CLOSE_S = 5.0
-_TYPED = {cls.__name__: cls for cls in (ConfigError, ManifestMismatch, CheckpointError)}
+_TYPED = {cls.__name__: cls for cls in STATUS if cls.__init__ is PageflightError.__init__}
+"""Errors that are their message."""
 
 OnLoss = Callable[[PageflightError], None]
 
@@ -43,22 +44,23 @@ class RankProcesses:
         self._ranks: list[tuple[int, subprocess.Popen[bytes], Connection]] = []
         try:
             for spec in specs:
-                self._start(spec)
+                self._start(spec.shard.rank)
+            for spec, (_, _, line) in zip(specs, self._ranks, strict=True):
+                with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: `wait_present` says why
+                    line.send_bytes(encode(spec))
         except BaseException:
             self.close(at_once=True)
             raise
 
-    def _start(self, spec: RankSpec) -> None:
+    def _start(self, rank: int) -> None:
         ours, theirs = Pipe()
         with theirs:
             command = [sys.executable, "-m", "pageflight.runners.tensor_parallel_worker"]
             command += [f"--line-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment)
-        rank = spec.shard.rank
         self._ranks.append((rank, process, ours))
         threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
-        ours.send_bytes(encode(spec))
 
     @property
     def pids(self) -> list[int]:
