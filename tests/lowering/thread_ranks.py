@@ -1,9 +1,12 @@
-"""Ranks of one model as threads of this process: what they compute and tell each other is what processes do."""
+"""Ranks of one model as threads of this process: what they compute and tell each other is what processes do.
+
+One computes at a time, until it waits for the others: Triton's interpreter is not made for threads.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +18,7 @@ from pageflight.lowering.base import StepInputs
 from pageflight.lowering.torch_lowering import TorchLowering, TorchModel
 from pageflight.models.sharding import Shard
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -26,6 +30,20 @@ class ThreadGroup:
         self.slots: list[torch.Tensor] = [torch.zeros(0)] * size
         self.barrier = threading.Barrier(size, timeout=60)
         self.num_calls = 0
+        self.turn = threading.Lock()
+        self._pool = ThreadPoolExecutor(size)
+
+    def each(self, call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`call` with one item per rank, by a thread each."""
+
+        def in_turn(item: Item) -> Result:
+            with self.turn:
+                return call(item)
+
+        return list(self._pool.map(in_turn, items))
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 class ThreadCommunicator:
@@ -39,12 +57,18 @@ class ThreadCommunicator:
         return self.all_gather(x).sum(0)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self._group.slots[self.shard.rank] = x
-        if self._group.barrier.wait() == 0:
-            self._group.num_calls += 1
-        gathered = torch.stack(self._group.slots)
-        self._group.barrier.wait()
+        group = self._group
+        group.slots[self.shard.rank] = x
+        group.turn.release()
+        if group.barrier.wait() == 0:
+            group.num_calls += 1
+        gathered = torch.stack(group.slots)
+        group.barrier.wait()
+        group.turn.acquire()
         return gathered
+
+    def least(self, number: int) -> int:
+        return int(self.all_gather(torch.tensor([number])).min())
 
 
 class ThreadedRanks:
@@ -52,21 +76,17 @@ class ThreadedRanks:
 
     def __init__(self, engine_dir: Path, size: int) -> None:
         self.group = ThreadGroup(size)
-        self._pool = ThreadPoolExecutor(size)
         lowering, num_threads = TorchLowering(), torch.get_num_threads()
 
         def load(rank: int) -> TorchModel:
             communicator = ThreadCommunicator(self.group, rank)
             return lowering.load_shard(engine_dir, communicator, num_threads=num_threads)
 
-        self.ranks = self._each(load, range(size))
+        self.ranks = self.group.each(load, range(size))
         first = self.ranks[0]
         self.block_size, self.vocab_size, self.num_threads = first.block_size, first.vocab_size, first.num_threads
         self.token_tile, self.replay_rows = first.token_tile, first.replay_rows
         self.kv_bytes_per_block = first.kv_bytes_per_block
-
-    def _each(self, call: Callable[[Result], object], items: object) -> list:
-        return list(self._pool.map(call, items))
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         for rank in self.ranks:
@@ -77,7 +97,7 @@ class ThreadedRanks:
             rank.start(inputs)
 
     def wait(self) -> np.ndarray:
-        first, *others = self._each(lambda rank: rank.wait(), self.ranks)
+        first, *others = self.group.each(lambda rank: rank.wait(), self.ranks)
         for other in others:
             np.testing.assert_array_equal(other, first)
         return first
@@ -97,4 +117,4 @@ class ThreadedRanks:
     def close(self) -> None:
         for rank in self.ranks:
             rank.close()
-        self._pool.shutdown()
+        self.group.close()

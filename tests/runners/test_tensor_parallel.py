@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from engines import VOCAB, load, make_checkpoint, make_engine, serve
+import torch
+from engines import MAX_LEN, VOCAB, load, make_checkpoint, make_engine, serve, serve_on
+from thread_ranks import ThreadCommunicator, ThreadGroup
 
-from pageflight.core.config import EngineConfig
+from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError, RankLost
 from pageflight.core.plan import RowStart, StepPlan, StepResult
 from pageflight.core.request import Request, SamplingParams
+from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
+from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.models.sharding import Shard
 from pageflight.runners import factory
 from pageflight.runners.base import RunnerLimits
+from pageflight.runners.device import DeviceRunner
+from pageflight.runners.device_factory import load_on_gpu
 from pageflight.runners.plan_frames import PlanDecoder, PlanEncoder
 from pageflight.runners.rank_messages import Computed, digest_of
 from pageflight.runners.tensor_parallel import TensorParallelRunner
+from pageflight.sched.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")
@@ -52,41 +60,31 @@ def workers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "tensor_parallel_worker" in " ".join(child.cmdline())]
 
 
-@pytest.mark.parametrize(("size", "num_requests", "max_tokens"), [(2, 5, 16), (4, 2, 3)])
-def test_ranks_serve_what_one_serves(engine: Path, size: int, num_requests: int, max_tokens: int) -> None:
+def test_ranks_serve_what_one_serves(engine: Path) -> None:
     """Prompts in chunks, forks, preemption and swaps, every sampler: ranks that apply one difference otherwise sample
     other ids, or wait for each other for ever."""
-    asked = requests(max_tokens)[:num_requests]
-    options = {"num_blocks": 5, "max_num_tokens": 32, "host_memory": 1 << 20, "ahead": True}
-    alone = serve(engine, asked, **options)
-    together = serve(engine, asked, tensor_parallel=size, **options)
-    assert (together.stats.swaps_in > 0) == (num_requests == 5), "this cache was meant to be too small for five"
+    options = {"num_blocks": 5, "max_num_tokens": 32, "host_memory": 1 << 20}
+    alone = serve(engine, requests(16), **options, ahead=True)
+    loaded, config = load(engine, **options, kv_admission="optimistic", tensor_parallel=2)
+    assert loaded.capacity.num_bytes == 5 * 2 * 2 * 32 * 2 * 16 * 4, "of both ranks together"
+    together = serve_on(loaded, config, requests(16), ahead=True)
+    assert len(workers()) == 1
+    loaded.runner.close()
+    assert not workers(), "ranks end with their runner"
+    assert together.stats.swaps_in > 0, "this cache was meant to be too small"
     assert together.ids == alone.ids and together.reasons == alone.reasons
     for handle, log_probs in alone.log_probs.items():
         np.testing.assert_allclose(together.log_probs[handle], log_probs, atol=1e-4)
-    assert not workers(), "ranks end with their runner"
 
 
-def test_deterministic_ranks_give_the_same_bits_in_any_company(engine: Path) -> None:
+def test_four_deterministic_ranks_give_the_same_bits_in_any_company(engine: Path) -> None:
     """A sum over four ranks has an order; it must not depend on what else is in the step."""
-    common = {"tensor_parallel": 4, "deterministic": True, "prefix_cache": False}
-    together = serve(engine, requests(3)[1:3], **common)
-    alone = serve(engine, requests(3)[2:3], **common)
+    asked = [replace(each, prompt_ids=each.prompt_ids[:7]) for each in (requests(2)[0], requests(2)[2])]
+    loaded, config = load(engine, tensor_parallel=4, deterministic=True, prefix_cache=False)
+    together, alone = serve_on(loaded, config, asked), serve_on(loaded, config, asked[1:])
+    loaded.runner.close()
+    assert together.ids == serve(engine, asked).ids
     assert together.ids[20] == alone.ids[20] and together.log_probs[20] == alone.log_probs[20]
-
-
-def test_ranks_share_the_cache_and_the_cores(engine: Path) -> None:
-    """Each of four ranks took as much memory, and as many threads, as if it were alone."""
-    loaded, _ = load(engine, tensor_parallel=2)
-    one, _ = load(engine)
-    try:
-        assert loaded.capacity.num_bytes == one.capacity.num_bytes <= 1 << 23
-        assert loaded.runner.limits.num_blocks == one.runner.limits.num_blocks
-        (worker,) = workers()
-        assert worker.is_running()
-    finally:
-        loaded.runner.close()
-        one.runner.close()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +110,57 @@ def test_a_rank_that_does_not_come_up_is_no_endless_wait(engine: Path, monkeypat
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RankLost, match=r"rank 1 died \(exit status 1\)"):
         load(engine, tensor_parallel=2)
+
+
+class RunnersOfRanks:
+    """Every rank's runner, in this process; all must bring the same."""
+
+    def __init__(self, engine: Path, config: EngineConfig, size: int) -> None:
+        self.group = ThreadGroup(size)
+
+        def load(rank: int) -> DeviceRunner:
+            communicator = ThreadCommunicator(self.group, rank)
+            return load_on_gpu(engine, config, torch.device("cpu"), communicator=communicator)[0]
+
+        self.runners = self.group.each(load, range(size))
+        self.limits = self.runners[0].limits
+
+    def submit(self, plan: StepPlan) -> None:
+        self.group.each(lambda runner: runner.submit(plan), self.runners)
+
+    def collect(self) -> StepResult:
+        first, *others = self.group.each(lambda runner: runner.collect(), self.runners)
+        assert {digest_of(other) for other in others} == {digest_of(first)}
+        return first
+
+    def close(self) -> None:
+        self.group.each(lambda runner: runner.close(), self.runners)
+        self.group.close()
+
+
+def test_ranks_on_kernels_serve_what_one_serves(engine: Path) -> None:
+    """The runner of GPUs, two steps deep, with its kernels in the interpreter: blocks that were laid out for the heads
+    of the whole model."""
+    asked = [replace(each, prompt_ids=each.prompt_ids[:7]) for each in requests(3)[:2]]
+    alone = serve(engine, asked, max_num_tokens=16)
+    config = EngineConfig(
+        kv=KVConfig(memory_bytes=1 << 19, host_memory_bytes=1 << 17),
+        scheduler=SchedulerConfig(max_num_tokens=16, max_num_seqs=8, max_model_len=MAX_LEN),
+    )
+    ranks = RunnersOfRanks(engine, config, 2)
+    assert {len(runner._model.blocks.cache[0, 0, 0]) for runner in ranks.runners} == {1}, "one K/V head of two each"
+    assert ranks.limits.num_blocks == 1 << 19 >> 14 and ranks.limits.num_host_blocks == 8
+    kv = replace(config.kv, num_blocks=ranks.limits.num_blocks)
+    scheduler = Scheduler(config.scheduler, kv, vocab_size=VOCAB)
+    mailbox = InMemoryMailbox()
+    mailbox.send(*[Submit(each) for each in asked], Drain())
+    EngineLoop(scheduler=scheduler, runner=ranks, mailbox=mailbox, ahead=True).run()
+    ranks.close()
+    ids: dict[int, list[int]] = defaultdict(list)
+    for events in mailbox.take_events():
+        for handle, index in zip(events.handles.tolist(), events.ids.tolist(), strict=True):
+            ids[handle].append(index)
+    assert ids == alone.ids
 
 
 # --- plans on their way

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pageflight.core.config import EngineConfig
+from pageflight.core.config import EngineConfig, KVConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.kv.capacity import Capacity, FreeMemory, free_memory, resolve_capacity
+from pageflight.lowering.communicator import Communicator
 from pageflight.lowering.device_model import DeviceModel, KernelModel
 from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.tensorrt_model import load_segments
@@ -30,7 +31,12 @@ def find_gpu() -> torch.device | None:
 
 
 def load_on_gpu(
-    engine_dir: Path, config: EngineConfig, device: torch.device, *, num_instances: int = 1
+    engine_dir: Path,
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    num_instances: int = 1,
+    communicator: Communicator | None = None,
 ) -> tuple[DeviceRunner, Capacity]:
     """Load an engine of the torch or the TensorRT lowering onto `device`.
 
@@ -38,12 +44,15 @@ def load_on_gpu(
     logged, and the weights are the same.
 
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
-    which is measured. Raises ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot
-    work.
+    which is measured. With a `communicator` this is one rank's part of an engine of the torch lowering, on its own GPU:
+    sizes of the cache are shared by the ranks, and all have as many blocks as the one with the fewest. Raises
+    ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
-    model, longest = _model(engine_dir, device)
+    model, longest = _model(engine_dir, device, communicator)
+    if communicator is not None:
+        config = replace(config, kv=_share(config.kv, communicator.shard.size))
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
@@ -56,6 +65,8 @@ def load_on_gpu(
         num_instances=num_instances,
         fraction=1.0,
     )
+    if communicator is not None:
+        capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks))
     log.info("%s: a pass takes %d bytes; cache: %s", device, pass_bytes, capacity.reason)
     runner = DeviceRunner(
         model,
@@ -70,11 +81,19 @@ def load_on_gpu(
     return runner, capacity
 
 
-def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:
-    """An engine's model and the longest sequence it is for."""
+def _share(kv: KVConfig, num_ranks: int) -> KVConfig:
+    """What one rank has of the bytes that were asked for."""
+    return replace(kv, memory_bytes=kv.memory_bytes // num_ranks, host_memory_bytes=kv.host_memory_bytes // num_ranks)
+
+
+def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:
+    """An engine's model and the longest sequence it is for. The first of several ranks verifies for all."""
+    if communicator is not None and communicator.shard.rank:
+        part = TorchLowering().opened(engine_dir)
+        return KernelModel.load(part, device, communicator=communicator), part.manifest.max_model_len
     if EngineManifest.read(engine_dir).lowering == "torch":
         engine, verification = TorchLowering().open(engine_dir)
-        model: DeviceModel = KernelModel.load(engine, device)
+        model: DeviceModel = KernelModel.load(engine, device, communicator=communicator)
     else:
         engine = open_engine(engine_dir, "tensorrt")
         verification = Verification(engine)

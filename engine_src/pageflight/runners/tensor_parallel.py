@@ -109,6 +109,7 @@ def load_tensor_parallel(
         raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {manifest.lowering}")
     first = Shard(rank=0, size=size)
     TorchLowering().opened(engine_dir).split(first)  # refuses what does not work before a process is started
+    device = _device(first)
     store, port = open_store()
 
     def spec(shard: Shard) -> RankSpec:
@@ -124,7 +125,7 @@ def load_tensor_parallel(
     ranks = RankProcesses([spec(Shard(rank=rank, size=size)) for rank in range(1, size)], on_loss)
     try:
         ranks.wait_present()
-        communicator = GroupCommunicator(first, store, _device(first))
+        communicator = GroupCommunicator(first, store, device)
         runner, capacity = _load(spec(first), communicator)
     except BaseException as error:
         loss = ranks.loss(wait_s=GRACE_S) if isinstance(error, RuntimeError) else None
@@ -142,7 +143,11 @@ def join(spec: RankSpec) -> Runner:
 
 
 def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:
-    engine_dir, lowering = Path(spec.engine_dir), TorchLowering()
+    engine_dir, lowering, device = Path(spec.engine_dir), TorchLowering(), _device(spec.shard)
+    if device.type == "cuda":
+        from pageflight.runners.device_factory import load_on_gpu  # brings triton
+
+        return load_on_gpu(engine_dir, spec.config, device, num_instances=spec.num_instances, communicator=communicator)
     model = lowering.load_shard(engine_dir, communicator, num_threads=spec.num_threads)
     return run_on_host(
         lowering,
@@ -155,5 +160,13 @@ def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capa
 
 
 def _device(shard: Shard) -> torch.device:
-    """Where a rank computes."""
-    return torch.device("cpu")
+    """Where a rank computes: on the GPU of its number, of those that this process sees, or on the processor where there
+    is none. Raises ConfigError for fewer GPUs than ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() < shard.size:
+        raise ConfigError(
+            f"tensor_parallel={shard.size}: each rank needs a GPU of its own, {torch.cuda.device_count()} are here"
+        )
+    torch.cuda.set_device(shard.rank)
+    return torch.device("cuda", shard.rank)
