@@ -7,6 +7,7 @@ first rank computes, sums with it, samples the same ids, and says of each step w
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -49,7 +50,10 @@ def main() -> int:
             from pageflight.runners.tensor_parallel import join  # brings torch and the lowering
 
             line.send_bytes(encode(Present()))
-            serve(join(spec), line)
+            runner = join(spec)
+            gc.collect()
+            gc.freeze()  # what start-up made lives as long as the process, and others wait while it is walked through
+            serve(runner, line)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
