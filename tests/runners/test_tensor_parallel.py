@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_factory import load_on_gpu
 from pageflight.runners.plan_frames import PlanDecoder, PlanEncoder
-from pageflight.runners.rank_messages import Computed, digest_of
+from pageflight.runners.rank_messages import Computed, RankSpec, digest_of
+from pageflight.runners.rank_processes import RankProcesses
 from pageflight.runners.tensor_parallel import TensorParallelRunner
 from pageflight.sched.scheduler import Scheduler
 
@@ -110,6 +112,34 @@ def test_a_rank_that_does_not_come_up_is_no_endless_wait(engine: Path, monkeypat
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RankLost, match=r"rank 1 died \(exit status 1\)"):
         load(engine, tensor_parallel=2)
+
+
+FAILING = """#!{python}
+import sys
+from multiprocessing.connection import Connection
+from pageflight.runners.rank_messages import Failed, encode
+line = Connection(int(sys.argv[3].partition("=")[2]))
+line.recv_bytes()
+line.send_bytes(encode(Failed("ConfigError", "kv_memory=1: too little here")))
+"""
+
+
+def test_what_keeps_a_rank_from_working_keeps_its_type_and_is_told_unasked(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor tried again and again what no other try could mend: the reason had become an exit status. And a core
+    without anything to do would have learnt of it with the next request."""
+    program = tmp_path / "rank"
+    program.write_text(FAILING.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ConfigError, match="kv_memory=1: too little here"):
+        load(engine, tensor_parallel=2)
+    shard, told = Shard(rank=1, size=2), queue.Queue()
+    spec = RankSpec(engine_dir=str(engine), config=EngineConfig(), shard=shard, port=1, num_threads=1, num_instances=1)
+    ranks = RankProcesses([spec], told.put)
+    assert isinstance(told.get(timeout=60), ConfigError)
+    ranks.close(at_once=True)
 
 
 class RunnersOfRanks:
