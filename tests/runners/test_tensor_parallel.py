@@ -139,7 +139,8 @@ def test_what_keeps_a_rank_from_working_keeps_its_type_and_is_told_unasked(
     spec = RankSpec(engine_dir=str(engine), config=EngineConfig(), shard=shard, port=1, num_threads=1, num_instances=1)
     ranks = RankProcesses([spec], told.put)
     assert isinstance(told.get(timeout=60), ConfigError)
-    ranks.close(at_once=True)
+    ranks.dismiss(at_once=True)
+    ranks.close()
 
 
 class RunnersOfRanks:

@@ -69,5 +69,8 @@ class GroupCommunicator:
         """The smallest of every rank's `number`."""
         return int(self.all_gather(torch.tensor([number], device=self._device)).min())
 
-    def close(self) -> None:
-        dist.destroy_process_group()
+    def close(self, *, is_whole: bool = True) -> None:
+        """Leave the group, at about the time at which all do. Where one is gone NCCL would wait for it: its part ends
+        with this process then."""
+        if is_whole or self._device.type == "cpu":
+            dist.destroy_process_group()

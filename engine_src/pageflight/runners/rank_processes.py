@@ -49,7 +49,8 @@ class RankProcesses:
                 with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: `wait_present` says why
                     line.send_bytes(encode(spec))
         except BaseException:
-            self.close(at_once=True)
+            self.dismiss(at_once=True)
+            self.close()
             raise
 
     def _start(self, rank: int) -> None:
@@ -99,14 +100,17 @@ class RankProcesses:
             self._told.set()
         return self._loss
 
-    def close(self, *, at_once: bool) -> None:
-        """End all processes. `at_once`: they may be waiting for a sum that never comes."""
+    def dismiss(self, *, at_once: bool) -> None:
+        """Tell all processes to end. `at_once`: they may be waiting for a sum that never comes, and are killed."""
         self._closing.set()
         self._told.set()
         for _, process, line in self._ranks:
             if at_once:
                 process.kill()
             line.close()
+
+    def close(self) -> None:
+        """Wait for the processes that were dismissed, but not for long."""
         deadline_s = time.monotonic() + CLOSE_S
         for _, process, _ in self._ranks:
             try:

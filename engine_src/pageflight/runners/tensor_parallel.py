@@ -64,11 +64,10 @@ class TensorParallelRunner:
 
     def close(self) -> None:
         is_whole = self._is_whole and not self._num_in_flight and self._ranks.loss() is None
-        if not is_whole:
-            self._ranks.close(at_once=True)
+        self._ranks.dismiss(at_once=not is_whole)
         self._runner.close()
-        self._communicator.close()
-        self._ranks.close(at_once=not is_whole)
+        self._communicator.close(is_whole=is_whole)
+        self._ranks.close()
 
     def _compare(self, result: StepResult) -> None:
         self._digests[result.step] = digest_of(result), self._communicator.shard.size - 1
@@ -129,17 +128,18 @@ def load_tensor_parallel(
         runner, capacity = _load(spec(first), communicator)
     except BaseException as error:
         loss = ranks.loss(wait_s=GRACE_S) if isinstance(error, RuntimeError) else None
-        ranks.close(at_once=True)
+        ranks.dismiss(at_once=True)
+        ranks.close()
         if loss is not None:
             raise loss from error
         raise
     return TensorParallelRunner(runner, ranks, communicator), capacity
 
 
-def join(spec: RankSpec) -> Runner:
+def join(spec: RankSpec) -> tuple[Runner, GroupCommunicator]:
     """In the process of another rank: meet the others and load this rank's part."""
-    store = reach_store(spec.port)
-    return _load(spec, GroupCommunicator(spec.shard, store, _device(spec.shard)))[0]
+    communicator = GroupCommunicator(spec.shard, reach_store(spec.port), _device(spec.shard))
+    return _load(spec, communicator)[0], communicator
 
 
 def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:

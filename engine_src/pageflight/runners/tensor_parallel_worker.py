@@ -50,10 +50,13 @@ def main() -> int:
             from pageflight.runners.tensor_parallel import join  # brings torch and the lowering
 
             line.send_bytes(encode(Present()))
-            runner = join(spec)
+            runner, communicator = join(spec)
             gc.collect()
             gc.freeze()  # what start-up made lives as long as the process, and others wait while it is walked through
-            serve(runner, line)
+            with suppress(EOFError):
+                serve(runner, line)
+            runner.close()
+            communicator.close()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
