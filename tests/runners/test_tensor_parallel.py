@@ -62,6 +62,13 @@ def workers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "tensor_parallel_worker" in " ".join(child.cmdline())]
 
 
+def test_a_cache_that_is_too_small_is_refused_and_nothing_is_left(engine: Path) -> None:
+    """The next engine of this process could not meet its ranks: the group of the last one was still there."""
+    with pytest.raises(ConfigError, match="num_blocks=2: one sequence of max_model_len=160"):
+        load(engine, num_blocks=2, tensor_parallel=2)
+    assert not workers()
+
+
 def test_ranks_serve_what_one_serves(engine: Path) -> None:
     """Prompts in chunks, forks, preemption and swaps, every sampler: ranks that apply one difference otherwise sample
     other ids, or wait for each other for ever."""

@@ -6,12 +6,14 @@ gathered, so all sample the same ids from the same bits, and none has to be told
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import ConfigError, PageflightError, RankLost
+from pageflight.core.errors import ConfigError, RankLost
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
@@ -40,12 +42,10 @@ class TensorParallelRunner:
 
     def submit(self, plan: StepPlan) -> None:
         """Tell all ranks, and begin the forward pass here."""
-        try:
-            self._ranks.send(self._plans.message(plan))
-            self._num_in_flight += 1
+        self._num_in_flight += 1  # and it stays so where this fails: ranks may be waiting for a sum
+        self._ranks.send(self._plans.message(plan))
+        with _explained(self._ranks):
             self._runner.submit(plan)
-        except (RuntimeError, PageflightError) as error:
-            raise self._broken(error) from error
 
     def stage(self, plan: StepPlan) -> None:
         """Prepare the next plan here. The other ranks have time for that while this one settles a step."""
@@ -54,10 +54,8 @@ class TensorParallelRunner:
 
     def collect(self) -> StepResult:
         """The first rank's result, and what all others have said of theirs so far must agree with it."""
-        try:
+        with _explained(self._ranks):
             result = self._runner.collect()
-        except RuntimeError as error:
-            raise self._broken(error) from error
         self._num_in_flight -= 1
         self._compare(result)
         return result
@@ -83,11 +81,6 @@ class TensorParallelRunner:
                 raise RankLost(f"rank {rank} has other results than rank 0 in step {step}")
             if num_missing > 1:
                 self._digests[step] = ours, num_missing - 1
-
-    def _broken(self, error: Exception) -> Exception:
-        """What is behind an error: a sum fails where a rank has died."""
-        self._is_whole = False
-        return self._ranks.loss(wait_s=GRACE_S) or error
 
 
 def load_tensor_parallel(
@@ -122,18 +115,28 @@ def load_tensor_parallel(
         )
 
     ranks = RankProcesses([spec(Shard(rank=rank, size=size)) for rank in range(1, size)], on_loss)
-    try:
+    with ExitStack() as failed:
+        failed.callback(ranks.close)
+        failed.callback(ranks.dismiss, at_once=True)
         ranks.wait_present()
-        communicator = GroupCommunicator(first, store, device)
-        runner, capacity = _load(spec(first), communicator)
-    except BaseException as error:
-        loss = ranks.loss(wait_s=GRACE_S) if isinstance(error, RuntimeError) else None
-        ranks.dismiss(at_once=True)
-        ranks.close()
-        if loss is not None:
-            raise loss from error
-        raise
+        with _explained(ranks):
+            communicator = GroupCommunicator(first, store, device)
+            failed.callback(communicator.close, is_whole=False)
+            runner, capacity = _load(spec(first), communicator)
+        failed.pop_all()
     return TensorParallelRunner(runner, ranks, communicator), capacity
+
+
+@contextmanager
+def _explained(ranks: RankProcesses) -> Iterator[None]:
+    """A sum fails where a rank has died: that is what is raised then."""
+    try:
+        yield
+    except RuntimeError as error:
+        loss = ranks.loss(wait_s=GRACE_S)
+        if loss is None:
+            raise
+        raise loss from error
 
 
 def join(spec: RankSpec) -> tuple[Runner, GroupCommunicator]:
