@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,10 @@ def test_a_layer_takes_two_sums_and_a_pass_two_words_more(workshop, random_ids):
         assert parts.model.group.num_calls == 2 * 3 + 2
 
 
-@pytest.mark.parametrize(("dtype", "group_size"), [("int8", 0), ("int8", 32), ("int4", 32)])
+@pytest.mark.parametrize(("dtype", "group_size"), [("int8", 0), ("int8", 32), ("int4", 64)])
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_of_a_quantised_model_have_its_logits(workshop, random_ids, size, dtype, group_size):
-    """Scales cut at the wrong group."""
+    """Scales cut at the wrong group; four ranks cut through the groups of 64."""
     whole, new = workshop.driver("quantisable", "torch", dtype, group_size=group_size), {"a": random_ids(40, 1)}
     with ranks(workshop, "quantisable", size, dtype, group_size) as parts:
         assert difference(whole.step(new), parts.step(new)) <= FP32_TOLERANCE
@@ -135,6 +136,7 @@ decoders = st.builds(
 def test_parts_of_all_ranks_are_the_whole(config: DecoderConfig, data: st.DataObject, unit: int) -> None:
     """Any size that divides the heads: nothing is left out, only K/V heads are held twice, and every query of a rank
     meets the K/V head that it meets in the whole model."""
+    config = replace(config, intermediate_size=config.intermediate_size * unit)  # groups divide the inputs
     size = data.draw(st.sampled_from([n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]))
     try:
         check_size(config, size, unit)
@@ -162,13 +164,14 @@ def test_parts_of_all_ranks_are_the_whole(config: DecoderConfig, data: st.DataOb
         )
         down = np.arange(config.intermediate_size)[cuts[names.down].columns]
         assert (gate == down).all() and (up == down + config.intermediate_size).all()
-        assert down.size == local.intermediate_size and (size == 1 or down[0] % unit == 0)
+        assert down.size == local.intermediate_size > 0 and down[0] % min(unit, 2) == 0
+        assert down[0] % unit == 0 or config.intermediate_size // unit < size, "a group is cut that need not be"
         seen_inner += down.tolist()
         (part,) = cuts[EMBED].rows
         assert cuts[HEAD] == cuts[EMBED] and part.stop > part.start
         seen_ids += range(part.start, part.stop)
     assert seen_queries == list(range(config.q_size))
-    assert seen_inner == list(range(config.intermediate_size // unit * unit))
+    assert seen_inner == list(range(config.intermediate_size))
     assert seen_ids == list(range(config.vocab_size))
     assert len({split.rank_config.num_kv_heads for split in splits}) == 1, "all ranks have blocks of one size"
 
@@ -178,13 +181,13 @@ def test_a_size_that_does_not_work_is_refused_with_those_that_do(workshop: Works
     config, _ = open_checkpoint(workshop.folder / "gqa")
     with pytest.raises(ConfigError, match=r"tensor_parallel=3: must divide num_heads=4; sizes that work are 1, 2, 4"):
         check_size(config, 3)
-    with pytest.raises(ConfigError, match=r"tensor_parallel=4: cuts 64 inputs inside groups of 32 .* are 1, 2$"):
-        check_size(config, 4, 32)
+    with pytest.raises(ConfigError, match=r"tensor_parallel=4: intermediate_size=3 is too small .* are 1, 2$"):
+        check_size(replace(config, intermediate_size=3), 4)
     with pytest.raises(ConfigError, match=r"tensor_parallel=0: must be at least 1"):
         check_size(config, 0)
 
 
-@pytest.mark.parametrize(("dtype", "group_size"), [("fp32", 0), ("bf16", 0), ("fp8", 0), ("int8", 32), ("int4", 32)])
+@pytest.mark.parametrize(("dtype", "group_size"), [("fp32", 0), ("bf16", 0), ("fp8", 0), ("int8", 32), ("int4", 64)])
 def test_a_rank_reads_its_part_of_every_stored_form(
     workshop: Workshop, tmp_path: Path, dtype: str, group_size: int
 ) -> None:

@@ -34,7 +34,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How `config` is cut for `shard`. `input_unit`: inputs that share a scale, or a byte, and stay together.
+    """How `config` is cut for `shard`. `input_unit`: inputs that share a scale; the MLP is cut between such groups where
+    it has enough of them, and else between every two, which may share a byte.
 
     Raises ConfigError, naming the sizes that work, for one that does not.
     """
@@ -103,9 +104,11 @@ class Split:
 
     @property
     def _intermediate(self) -> slice:
-        units = self.config.intermediate_size // self.input_unit
-        begin, end = (rank * units // self.shard.size for rank in (self.shard.rank, self.shard.rank + 1))
-        return slice(begin * self.input_unit, end * self.input_unit)
+        size, rank, unit = self.shard.size, self.shard.rank, self.input_unit
+        if self.config.intermediate_size // unit < size:
+            unit = gcd(unit, 2)
+        units = self.config.intermediate_size // unit
+        return slice(rank * units // size * unit, (rank + 1) * units // size * unit)
 
 
 def rows_per_rank(vocab_size: int, size: int) -> int:
@@ -128,10 +131,8 @@ def _obstacle(config: DecoderConfig, size: int, unit: int) -> str | None:
         return f"must divide num_heads={config.num_heads}"
     if size == 1:
         return None
-    if config.q_size // size % unit:
-        return f"cuts {config.q_size} inputs inside groups of {unit} that share a scale or a byte"
-    if config.intermediate_size // unit < size:
-        return f"intermediate_size={config.intermediate_size} has fewer groups of {unit} inputs"
+    if config.intermediate_size // gcd(unit, 2) < size:
+        return f"intermediate_size={config.intermediate_size} is too small for so many"
     if (size - 1) * rows_per_rank(config.vocab_size, size) >= config.vocab_size:
         return f"vocab_size={config.vocab_size} is too small for so many"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 from pageflight.models.sharding import Split
 from pageflight.quant.store import WeightStore
 from pageflight.quant.weight import Weight
@@ -29,5 +31,5 @@ class ShardStore:
 
 
 def input_unit(dtype: str, group_size: int) -> int:
-    """Inputs of a weight that stay together: those of a group, or of a byte."""
-    return group_size or (2 if dtype == "int4" else 1)
+    """Inputs of a weight that share a scale, in whole bytes; 1 where all do."""
+    return lcm(group_size or 1, 2 if dtype == "int4" else 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,16 @@ class Weight:
         return Weight(self.name, self.dtype, self.values[part], scales, self.input_scale)
 
     def columns(self, part: slice) -> Weight:
-        """The weight of some inputs only, whole groups of them, sharing memory."""
+        """The weight of some inputs only, sharing memory. A cut through a group makes smaller groups, with scales of
+        their own."""
         scales, begin, end = self.scales, part.start, part.stop
         if scales is not None and scales.shape[1] > 1:
             group = self.shape[1] // scales.shape[1]
-            assert begin % group == 0 == end % group, "a cut goes through a group"
-            scales = scales[:, begin // group : end // group]
+            smaller = gcd(group, begin, end)
+            if smaller == group:
+                scales = scales[:, begin // group : end // group]
+            else:
+                scales = scales[:, np.arange(begin, end, smaller) // group]
         if self.dtype == "I4":
             assert begin % 2 == 0 == end % 2, "a cut goes through a byte"
             begin, end = begin // 2, end // 2
