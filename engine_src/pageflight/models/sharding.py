@@ -34,8 +34,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How `config` is cut for `shard`. `input_unit`: inputs that share a scale. The MLP is cut between such groups if it
-    has enough of them, else between any two that do not share a byte.
+    """How `config` is cut for `shard`. `input_unit`: inputs that share a scale. The MLP is cut between such groups
+    if it has enough of them, else between any two that do not share a byte.
 
     Raises ConfigError, naming the sizes that work, for one that does not.
     """
