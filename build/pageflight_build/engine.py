@@ -12,7 +12,9 @@ from pageflight.core.manifest import MANIFEST_NAME, EngineManifest, FileRecord
 from pageflight.lowering.base import Lowering
 from pageflight.models.checkpoint import Checkpoint, open_checkpoint
 from pageflight.models.config import DecoderConfig
+from pageflight.models.sharding import check_size
 from pageflight.quant.forms import check_group_size, default_group_size
+from pageflight.quant.sharding import input_unit
 from pageflight_build.checkpoint_files import TextFacts, read_text_facts
 from pageflight_build.options import EngineOptions
 from pageflight_build.target import chosen_dtype
@@ -58,6 +60,13 @@ def resolve_engine_options(options: EngineOptions, config: DecoderConfig, loweri
         kv_dtype=kv_dtype,
         max_model_len=options.max_model_len or config.max_positions,
     )
+
+
+def check_ranks(size: int, config: DecoderConfig, *, engine: str, dtype: str, group_size: int) -> None:
+    """Raises ConfigError, naming what works, where an engine cannot run on so many ranks."""
+    if size > 1 and engine != "torch":
+        raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {engine}")
+    check_size(config, size, input_unit(dtype, group_size))
 
 
 def make_manifest(name: str, source: Source, options: EngineOptions, lowering: Lowering) -> EngineManifest:

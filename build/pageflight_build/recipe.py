@@ -17,13 +17,21 @@ from pathlib import Path
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.base import AheadOfTime, Lowering
+from pageflight.models.config import DecoderConfig
 from pageflight.quant.convert import convert
 from pageflight.quant.store import WEIGHTS_NAME
 from pageflight_build import repository
 from pageflight_build.checkpoint_files import TOKENIZER_FOLDER, copy_text_files
-from pageflight_build.engine import Source, make_manifest, read_source, record_files, resolve_engine_options
+from pageflight_build.engine import (
+    Source,
+    check_ranks,
+    make_manifest,
+    read_source,
+    record_files,
+    resolve_engine_options,
+)
 from pageflight_build.inputs import engine_inputs
-from pageflight_build.options import BuildOptions, EngineOptions
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.progress import BuildProgress, Silent, StageReport
 from pageflight_build.record import ModelRecord
 from pageflight_build.reference import reference_logits
@@ -72,6 +80,8 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
         )
         lowering = lowering_of(options.engine, options.serving)
         kept = None if options.force else repository.engine_kept(target, record, wanted, lowering)
+        if kept is not None:
+            _check_kept(EngineManifest.read(kept), options.serving)
         if kept is not None and repository.unchanged(record, wanted):
             manifest = EngineManifest.read(kept)
             seconds = time.monotonic() - started
@@ -121,6 +131,15 @@ class _Engine:
         self._source = read_source(self._build.checkpoint)
         config = self._source.config
         self._options = resolve_engine_options(self._build.engine, config, self._lowering)
+        options = self._options
+        assert options.dtype is not None
+        check_ranks(
+            self._build.serving.tensor_parallel,
+            config,
+            engine=options.engine,
+            dtype=options.dtype,
+            group_size=options.group_size,
+        )
         if self._build.serving.deterministic and isinstance(self._lowering, AheadOfTime):
             raise ConfigError(f"deterministic=True: it has to be tried, but {self._lowering.missing_device()}")
         return (
@@ -184,6 +203,18 @@ class _Engine:
             compared = f"{result.reference_error:.2g} from the reference"
         alike = "; the same bits in any company" if serving.deterministic else ""
         return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
+
+
+def _check_kept(manifest: EngineManifest, serving: ServingOptions) -> None:
+    """Raises ConfigError for settings that an engine built for others does not have."""
+    config = DecoderConfig.from_json(manifest.model)
+    check_ranks(
+        serving.tensor_parallel,
+        config,
+        engine=manifest.lowering,
+        dtype=manifest.dtype,
+        group_size=manifest.quant_group_size,
+    )
 
 
 def _run(stages: tuple[Stage, ...], progress: BuildProgress) -> None:

@@ -135,6 +135,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             target_inter_token_ms=model.serving.target_inter_token_ms,
             hang_limit_s=model.serving.hang_limit_s,
             num_threads=model.serving.threads,
+            tensor_parallel=model.serving.tensor_parallel,
             prefix_cache=model.serving.prefix_cache,
             deterministic=model.serving.deterministic,
             exclude_input_in_output=model.serving.exclude_input_in_output,

@@ -59,6 +59,7 @@ class Deployment:
     target_inter_token_ms: float = 0.0
     hang_limit_s: int = 60
     num_threads: int = 0
+    tensor_parallel: int = 1
     prefix_cache: bool = True
     deterministic: bool = False
     exclude_input_in_output: bool = True
@@ -124,6 +125,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "target_inter_token_ms": str(deployment.target_inter_token_ms),
         "hang_limit_s": str(deployment.hang_limit_s),
         "num_threads": str(deployment.num_threads),
+        "tensor_parallel": str(deployment.tensor_parallel),
         "prefix_cache": _flag(deployment.prefix_cache),
         "deterministic": _flag(deployment.deterministic),
     }

@@ -166,6 +166,26 @@ def test_other_serving_options_keep_the_engine(checkpoint: Path, tmp_path: Path)
     assert 'string_value: "7"' in (tmp_path / "repo" / "engine" / "config.pbtxt").read_text()
 
 
+def test_ranks_that_do_not_work_are_refused_with_those_that_do(checkpoint: Path, tmp_path: Path) -> None:
+    """The server found out at its start, hours of conversion later; or at a build that only changed settings."""
+    engine, repository = EngineOptions(engine="torch", dtype="int8", group_size=32), tmp_path / "repo"
+
+    def attempt(size: int, **changes: object) -> None:
+        serving = ServingOptions(tensor_parallel=size)
+        build(options(checkpoint, repository, **{"engine": engine, "serving": serving, **changes}))
+
+    with pytest.raises(ConfigError, match=r"tensor_parallel=3: must divide num_heads=4; sizes that work are 1, 2, 4$"):
+        attempt(3)
+    assert not repository.exists()
+    attempt(2)
+    config = (repository / "engine" / "config.pbtxt").read_text()
+    assert re.search(r'key: "tensor_parallel"\s+value {\s+string_value: "2"', config)
+    with pytest.raises(ConfigError, match="tensor_parallel=5"):  # the engine is there already
+        attempt(5)
+    with pytest.raises(ConfigError, match="tensor_parallel=2: only engine torch runs on several ranks, not openvino"):
+        attempt(2, engine=EngineOptions(dtype="fp32"))
+
+
 def test_a_deterministic_build_is_verified_once(checkpoint: Path, tmp_path: Path) -> None:
     """An engine that nobody had tried was served as deterministic, because its weights were there already."""
     plain = build(options(checkpoint, tmp_path / "repo"))

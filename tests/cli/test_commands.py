@@ -98,6 +98,7 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "hang_limit_s": 11,
         "instances": 2,
         "threads": 3,
+        "tensor_parallel": 4,
         "prefix_cache": False,
         "deterministic": True,
         "default_max_tokens": 8,
@@ -176,7 +177,16 @@ def test_what_is_no_compute_capability_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "instances", "default_max_tokens"]
+    "name",
+    [
+        "max_num_seqs",
+        "max_num_tokens",
+        "max_queue_size",
+        "hang_limit_s",
+        "instances",
+        "tensor_parallel",
+        "default_max_tokens",
+    ],
 )
 def test_serving_options_out_of_range_are_refused_by_name(name: str) -> None:
     """A server with 0 sequences starts, and answers nobody."""

@@ -48,6 +48,14 @@ def test_little_free_memory_shortens_what_is_admitted() -> None:
     assert capacity.kv.num_blocks == 5 and capacity.max_sequence_len == 5 * 32 + 1
 
 
+def test_all_ranks_have_the_blocks_of_the_poorest() -> None:
+    """A plan named blocks that one rank did not have; and sequences were admitted that it could not hold."""
+    capacity = resolve(6_000)
+    fewer = capacity.with_blocks(5, "a rank has no more")
+    assert (fewer.kv.num_blocks, fewer.num_bytes, fewer.max_sequence_len) == (5, 500, 161)
+    assert "5 blocks" in fewer.reason and capacity.with_blocks(31, "") is capacity
+
+
 def test_instances_share_the_memory() -> None:
     """Two instances that each took half left nothing for anyone else."""
     config = SchedulerConfig(max_num_seqs=64, max_model_len=321)

@@ -94,6 +94,7 @@ def load(
     host_memory: int = 0,
     deterministic: bool = False,
     kv_admission: KVAdmission = "forecast",
+    tensor_parallel: int = 1,
 ) -> tuple[LoadedEngine, SchedulerConfig]:
     scheduler = SchedulerConfig(
         max_num_tokens=max_num_tokens,
@@ -108,7 +109,8 @@ def load(
         prefix_cache=prefix_cache,
         host_memory_bytes=host_memory,
     )
-    return load_engine(engine_dir, EngineConfig(kv=kv, scheduler=scheduler, num_threads=2)), scheduler
+    config = EngineConfig(kv=kv, scheduler=scheduler, num_threads=2, tensor_parallel=tensor_parallel)
+    return load_engine(engine_dir, config), scheduler
 
 
 def serve(
@@ -122,8 +124,9 @@ def serve(
     host_memory: int = 0,
     ahead: bool | None = None,
     deterministic: bool = False,
+    tensor_parallel: int = 1,
 ) -> Served:
-    """Run the requests to their ends through scheduler, loop and LocalRunner.
+    """Run the requests to their ends through scheduler, loop and runner.
 
     A cache of a given size is one that is meant to be too small: nobody forecasts what will fit.
     """
@@ -136,14 +139,23 @@ def serve(
         host_memory=host_memory,
         deterministic=deterministic,
         kv_admission="optimistic" if num_blocks else "forecast",
+        tensor_parallel=tensor_parallel,
     )
+    served = serve_on(engine, config, requests, ahead=ahead)
+    engine.runner.close()
+    return served
+
+
+def serve_on(
+    engine: LoadedEngine, config: SchedulerConfig, requests: list[Request], *, ahead: bool | None = None
+) -> Served:
+    """Run the requests to their ends; nothing of an earlier call is found in the cache."""
     limits = engine.runner.limits
     settings = replace(config, max_model_len=limits.max_model_len, replay_rows=limits.replay_rows)
     scheduler = Scheduler(settings, engine.capacity.kv, vocab_size=limits.vocab_size)
     mailbox = InMemoryMailbox()
     mailbox.send(*[Submit(request) for request in requests], Drain())
     EngineLoop(scheduler=scheduler, runner=engine.runner, mailbox=mailbox, ahead=ahead).run()
-    engine.runner.close()
     assert not mailbox.take_rejections()
     ids: dict[int, list[int]] = defaultdict(list)
     log_probs: dict[int, list[float]] = defaultdict(list)

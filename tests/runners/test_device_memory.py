@@ -63,11 +63,10 @@ def _is_interpreter() -> bool:
     return False
 
 
-def runner_of(engine_dir: Path) -> DeviceRunner:
+def runner_of(engine_dir: Path, *, is_alone: bool = True) -> DeviceRunner:
     model = KernelModel.load(open_engine(engine_dir, "torch"), torch.device("cpu"))
-    return DeviceRunner(
-        model, num_blocks=6, num_host_blocks=3, max_num_seqs=2, max_num_tokens=40, max_model_len=MAX_LEN
-    )
+    sizes = {"num_blocks": 6, "num_host_blocks": 3, "max_num_seqs": 2, "max_num_tokens": 40, "max_model_len": MAX_LEN}
+    return DeviceRunner(model, **sizes, is_alone=is_alone)
 
 
 def plans() -> Iterator[StepPlan]:
@@ -130,6 +129,14 @@ def test_a_step_that_finds_no_memory_at_all_ends_the_core_with_a_typed_error(
         runner.submit(next(plans()))
     assert "captured graphs and cached memory are given up, the step runs again" in caplog.text
     assert isinstance(runner, SparingRunner) and runner.num_shortages == 1
+
+
+def test_one_of_several_ranks_repeats_nothing(engine_dir: Path) -> None:
+    """The others had the first half of its pass and waited for a sum that the second beginning is not."""
+    runner = runner_of(engine_dir, is_alone=False)
+    with FailingAllocator(5, 1), pytest.raises(OutOfMemory, match="did not find its memory"):
+        runner.submit(next(plans()))
+    assert runner.num_shortages == 0
 
 
 def test_other_errors_are_not_tried_again(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

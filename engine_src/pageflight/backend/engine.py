@@ -141,6 +141,7 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
             kv=_cache(settings, manifest.block_size),
             scheduler=_scheduler(settings, manifest.max_model_len),
             num_threads=settings.number("num_threads", 0),
+            tensor_parallel=settings.number("tensor_parallel", 1),
         ),
         engine_dir="" if fake_engine is not None else str(settings.engine_dir),
         num_instances=settings.num_instances,

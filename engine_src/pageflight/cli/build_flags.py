@@ -170,6 +170,14 @@ class BuildFlags:
     threads: Annotated[
         int, typer.Option(help="Compute threads per instance; 0 shares all cores.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.threads
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Processes, or GPUs, that compute each step of an instance together; must divide the attention heads"
+            " (see docs/parallel.md).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.tensor_parallel
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
@@ -248,6 +256,7 @@ class BuildFlags:
                 hang_limit_s=self.hang_limit_s,
                 instances=self.instances,
                 threads=self.threads,
+                tensor_parallel=self.tensor_parallel,
                 engine_name=self.engine_name,
                 exclude_input_in_output=self.exclude_input_in_output,
                 default_max_tokens=self.default_max_tokens,

@@ -92,6 +92,8 @@ class EngineConfig:
 
     kv: KVConfig = KVConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    tensor_parallel: int = 1
+    """Ranks that compute each step together; it must divide the attention heads."""
     num_threads: int = 0
     """Compute threads of this instance; 0 means all cores that the process may use."""
     seed: int = 0

@@ -75,6 +75,17 @@ class EngineLost(PageflightError):
     """The engine core died and could not carry the request on."""
 
 
+class RankLost(PageflightError):
+    """A process of a tensor-parallel engine died, or computed something else than the others: the core ends with it.
+
+    `return_code` as `subprocess` has it, where it died without a word.
+    """
+
+    def __init__(self, message: str, return_code: int | None = None) -> None:
+        self.return_code = return_code
+        super().__init__(message)
+
+
 class PoisonRequest(PageflightError):
     """The engine core died again and again in steps of this request alone; it is given up so that others go on."""
 
@@ -117,6 +128,7 @@ STATUS: dict[type[PageflightError], ErrorStatus] = {
     DeadlineExceeded: ErrorStatus("CANCELLED", 499),
     Cancelled: ErrorStatus("CANCELLED", 499),
     EngineLost: ErrorStatus("INTERNAL", 500),
+    RankLost: ErrorStatus("INTERNAL", 500),
     PoisonRequest: ErrorStatus("INTERNAL", 500),
     StubLost: ErrorStatus("UNAVAILABLE", 503),
     CheckpointError: ErrorStatus("INVALID_ARG", 400),

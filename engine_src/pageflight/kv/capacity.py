@@ -33,6 +33,18 @@ class Capacity:
     max_sequence_len: int
     reason: str
 
+    def with_blocks(self, num_blocks: int, why: str) -> Capacity:
+        """The same where no more than `num_blocks` can be had."""
+        if num_blocks >= self.kv.num_blocks:
+            return self
+        return replace(
+            self,
+            kv=replace(self.kv, num_blocks=num_blocks),
+            num_bytes=self.num_bytes // self.kv.num_blocks * num_blocks,
+            max_sequence_len=min(self.max_sequence_len, num_blocks * self.kv.block_size + 1),
+            reason=f"{self.reason}; {num_blocks} blocks, for {why}",
+        )
+
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens` positions."""

@@ -7,7 +7,6 @@ that started it. What its starter must know goes through the report pipe.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
@@ -15,7 +14,9 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +24,14 @@ import msgspec
 
 from pageflight import __version__
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import ConfigError, PageflightError
+from pageflight.core.errors import ConfigError, PageflightError, RankLost
+from pageflight.core.parent import die_with
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.core.stats import CoreStats
 from pageflight.core.tenants import Tenants
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.clock import monotonic_clock
+from pageflight.loop.deaths import is_crash
 from pageflight.loop.engine_loop import Drain, EngineLoop
 from pageflight.loop.frames import CoreLimits, error_to_wire
 from pageflight.loop.mailbox import ZmqMailbox
@@ -44,8 +47,6 @@ from pageflight.runners.faulty import Fault
 from pageflight.sched.scheduler import Scheduler
 
 log = logging.getLogger("pageflight.core")
-
-_PR_SET_PDEATHSIG = 1
 
 
 class FakeEngine(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +113,7 @@ def main() -> int:
     arguments = _arguments()
     for number in (signal.SIGTERM, signal.SIGINT):  # whose group they are sent to has a supervisor: that decides
         signal.signal(number, signal.SIG_IGN)
-    _die_with(arguments.parent_pid)
+    die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     reporter = Reporter(arguments.report_fd)
     try:
@@ -122,7 +123,7 @@ def main() -> int:
         tenants_file = TenantsFile(Path(spec.tenants_file), address.tenants) if spec.tenants_file else None
         if tenants_file is not None:
             spec = _with_tenants(spec, tenants_file.load())
-        runner, config = _load(spec)
+        runner, config = _load(spec, partial(_give_up, reporter))
         reporter.send(Report("progress", "opening the line to the fronts"))
         _serve(runner, config, address, reporter, spec, tenants_file, arguments.trace_fd)
     except Exception as error:
@@ -130,10 +131,22 @@ def main() -> int:
             log.error("the engine core ends: %s", error)  # it says what to do: a traceback would only bury it
         else:
             log.exception("the engine core ends")
-        name, message = error_to_wire(error)
-        reporter.send(Report("failed", message, name))
+        reporter.send(_last_words(error))
         return 1
     return 0
+
+
+def _give_up(reporter: Reporter, error: PageflightError) -> None:
+    """End this process from a thread beside the one that works, which cannot be reached."""
+    log.error("the engine core ends: %s", error)
+    reporter.send(_last_words(error))
+    os._exit(1)
+
+
+def _last_words(error: Exception) -> Report:
+    name, message = error_to_wire(error)
+    is_killed = isinstance(error, RankLost) and error.return_code is not None and not is_crash(error.return_code)
+    return Report("failed", message, name, of_itself=not is_killed)
 
 
 def _arguments() -> argparse.Namespace:
@@ -146,17 +159,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _die_with(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when its parent dies, however that happens."""
-    if not parent_pid:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent_pid:  # it died before we asked
-        sys.exit(1)
-
-
 def silence_telemetry() -> None:
     """Keep `import openvino` from telling Intel about it. No environment variable does; but where its telemetry package
     cannot be imported, OpenVINO takes an empty one. To be called before the first import of `openvino`."""
@@ -164,7 +166,7 @@ def silence_telemetry() -> None:
     modules.setdefault("openvino_telemetry", None)
 
 
-def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
+def _load(spec: CoreSpec, on_loss: Callable[[PageflightError], None]) -> tuple[Runner, EngineConfig]:
     """The runner, and the configuration with its limits and its cache's size resolved."""
     config = spec.config
     runner: Runner
@@ -175,7 +177,7 @@ def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
         # The runner brings the model's libraries with it; a fake core does without them.
         from pageflight.runners.factory import load_engine
 
-        runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances).runner
+        runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances, on_loss=on_loss).runner
     else:
         raise ConfigError("neither an engine directory nor a fake engine was named")
     limits = runner.limits

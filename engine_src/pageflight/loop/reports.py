@@ -42,6 +42,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
     error: str = ""
     cache: CacheSize | None = None
+    of_itself: bool = True
+    """False: it failed because somebody killed a process that it cannot do without."""
 
 
 class Reporter:

@@ -173,7 +173,7 @@ class Supervisor:
             code = process.wait()
         finally:
             os.close(reader)
-        of_itself = failure is not None or is_crash(code)
+        of_itself = failure.of_itself if failure is not None else is_crash(code)
         if failure is None:
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
             failure = _failure(EngineLost, f"the engine core died ({how})")

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pageflight.lowering.communicator import Communicator
 from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
 from pageflight.lowering.device_ops import DeviceOps
 from pageflight.lowering.device_weight import DeviceWeight, load_weights
 from pageflight.lowering.engine_dir import EngineDir
+from pageflight.lowering.parallel_ops import ParallelOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.ops import Ops
 from pageflight.models.weights import EMBED
+from pageflight.quant.sharding import ShardStore
+from pageflight.quant.store import Weights
 
 COMPUTE = {
     "fp32": torch.float32,
@@ -91,26 +95,39 @@ class KernelModel(DeviceModel):
         super().__init__(config, blocks)
         self._activations = weights[EMBED].values.dtype
         self._ops = DeviceOps(config, weights, blocks, num_positions=max_model_len)
+        self._decoder_ops: Ops[Any] = self._ops
 
     @property
     def activations(self) -> torch.dtype:
         return self._activations
 
     @classmethod
-    def load(cls, engine: EngineDir, device: torch.device, compute: torch.dtype | None = None) -> KernelModel:
-        """An engine onto a device. `compute`: the type of activations, by default that of the engine's dtype."""
-        manifest = engine.manifest
+    def load(
+        cls,
+        engine: EngineDir,
+        device: torch.device,
+        compute: torch.dtype | None = None,
+        communicator: Communicator | None = None,
+    ) -> KernelModel:
+        """An engine onto a device, or one rank's part of it. `compute`: the type of activations, by default that of the
+        engine's dtype."""
+        manifest, config, store = engine.manifest, engine.config, engine.weights
+        split = engine.split(communicator.shard) if communicator is not None else None
+        rank_config = config if split is None else split.rank_config
+        parts: Weights = store if split is None else ShardStore(store, split)
         compute = compute or COMPUTE[manifest.dtype]
-        weights = load_weights(engine.weights, engine.config, compute, device)
+        weights = load_weights(parts, rank_config, compute, device)
         # The reference computes in float32; here queries are narrower, and keys and values are rounded to their type.
         narrow = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(compute)
         kv_dtype = narrow if narrow and manifest.kv_dtype == "fp32" else manifest.kv_dtype
-        blocks = DeviceBlocks(engine.config, kv_dtype, manifest.block_size, device)
-        return cls(engine.config, weights, blocks, max_model_len=manifest.max_model_len)
+        blocks = DeviceBlocks(rank_config, kv_dtype, manifest.block_size, device)
+        model = cls(rank_config, weights, blocks, max_model_len=manifest.max_model_len)
+        if split is not None and communicator is not None:
+            model._decoder_ops = ParallelOps(model._decoder_ops, split, communicator)
+        return model
 
     @torch.inference_mode()
     def forward(self, inputs: DeviceInputs) -> Tensor:
         self._ops.prepare(inputs)
-        ops: Ops[Any] = self._ops
-        logits: Tensor = decoder(ops, self.config)
+        logits: Tensor = decoder(self._decoder_ops, self.config)
         return logits

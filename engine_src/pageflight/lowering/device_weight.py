@@ -18,7 +18,7 @@ from pageflight.kernels.gemm_fp8 import scaled_mm
 from pageflight.kernels.gemm_int import RUN, gemm_int4, gemm_int8, pack_int4
 from pageflight.models.config import DecoderConfig
 from pageflight.models.weights import EMBED, HEAD, expected_shapes
-from pageflight.quant.store import WeightStore
+from pageflight.quant.store import Weights
 from pageflight.quant.weight import Weight
 
 _SMALLEST_GROUP = {"I8": 16, "I4": RUN}  # of inputs that the kernels take
@@ -79,7 +79,7 @@ class DeviceWeight:
 
 
 def load_weights(
-    weights: WeightStore, config: DecoderConfig, compute: torch.dtype, device: torch.device
+    weights: Weights, config: DecoderConfig, compute: torch.dtype, device: torch.device
 ) -> dict[str, DeviceWeight]:
     """Every weight of the definition; a tied head that is not stored for itself is the embedding."""
     loaded = {name: DeviceWeight.of(weights[name], compute, device) for name in expected_shapes(config)}

@@ -10,6 +10,8 @@ from pathlib import Path
 from pageflight.core.errors import ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.models.config import DecoderConfig
+from pageflight.models.sharding import Shard, Split
+from pageflight.quant.sharding import input_unit
 from pageflight.quant.store import WEIGHTS_NAME, WeightStore
 
 _READ_BYTES = 1 << 22
@@ -23,6 +25,11 @@ class EngineDir:
     manifest: EngineManifest
     config: DecoderConfig
     weights: WeightStore
+
+    def split(self, shard: Shard) -> Split:
+        """Its model cut for one of several ranks. Raises ConfigError, naming the sizes that work."""
+        unit = input_unit(self.manifest.dtype, self.manifest.quant_group_size)
+        return Split(config=self.config, shard=shard, input_unit=unit)
 
 
 def open_engine(folder: Path, lowering: str) -> EngineDir:

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.lowering.alone import AloneModel
-from pageflight.lowering.base import CompiledModel, StepInputs
+from pageflight.lowering.base import CompiledModel, Ops, StepInputs
+from pageflight.lowering.communicator import Communicator
 from pageflight.lowering.engine_dir import EngineDir, Verification, compare_fingerprints, open_engine
+from pageflight.lowering.parallel_ops import ParallelOps
 from pageflight.lowering.torch_cache import KV_DTYPES, BlockCache
 from pageflight.lowering.torch_ops import EagerOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
+from pageflight.quant.sharding import ShardStore
 
 _COMPUTE = {
     "fp32": torch.float32,
@@ -32,11 +35,20 @@ _COMPUTE = {
 class TorchModel:
     """Runs steps eagerly; `wait` computes, for torch has nothing to start on a CPU."""
 
-    def __init__(self, config: DecoderConfig, ops: EagerOps, kv_dtype: str, block_size: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        ops: EagerOps,
+        kv_dtype: str,
+        block_size: int,
+        parallel: ParallelOps | None = None,
+    ) -> None:
+        """`parallel`: the same `ops` among those of other ranks."""
         self.block_size, self.vocab_size, self.token_tile = block_size, config.vocab_size, 1
         self.replay_rows, self.num_threads = 1, torch.get_num_threads()
         self.kv_bytes_per_block = BlockCache.bytes_per_block(config, kv_dtype, block_size)
         self._config, self._ops, self._kv_dtype = config, ops, kv_dtype
+        self._decoder_ops: Ops[Tensor] = parallel or ops
         self._inputs: StepInputs | None = None
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
@@ -54,7 +66,7 @@ class TorchModel:
     def wait(self) -> NDArray[np.float32]:
         assert self._inputs is not None, "start comes first"
         self._ops.prepare(self._inputs, self.block_size)
-        logits: NDArray[np.float32] = decoder(self._ops, self._config).float().numpy()
+        logits: NDArray[np.float32] = decoder(self._decoder_ops, self._config).float().numpy()
         return logits
 
     def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
@@ -109,6 +121,11 @@ class TorchLowering:
 
     def open(self, engine_dir: Path) -> tuple[EngineDir, Verification]:
         """Open an engine directory, whose files are being verified. Raises ManifestMismatch naming what is wrong."""
+        engine = self.opened(engine_dir)
+        return engine, Verification(engine)
+
+    def opened(self, engine_dir: Path) -> EngineDir:
+        """Open an engine directory whose files somebody else verifies. Raises ManifestMismatch naming what is wrong."""
         engine = open_engine(engine_dir, self.name)
         manifest = engine.manifest
         try:
@@ -117,14 +134,32 @@ class TorchLowering:
         except ConfigError as error:
             raise ManifestMismatch(f"{engine_dir}: {error}") from None
         compare_fingerprints(engine_dir, manifest.fingerprint, here)
-        return engine, Verification(engine)
+        return engine
 
     def load(self, engine_dir: Path, *, num_threads: int) -> TorchModel:
         """Load an engine directory. Raises ManifestMismatch naming what does not fit."""
         engine, verification = self.open(engine_dir)
-        manifest = engine.manifest
         if num_threads:
             torch.set_num_threads(num_threads)
+        manifest = engine.manifest
         ops = EagerOps(engine.config, engine.weights, manifest.max_model_len, _COMPUTE[manifest.dtype])
         verification.finish()
         return TorchModel(engine.config, ops, manifest.kv_dtype, manifest.block_size)
+
+    def load_shard(self, engine_dir: Path, communicator: Communicator, *, num_threads: int) -> TorchModel:
+        """Load one rank's part of an engine directory. The first rank alone verifies the files that all read.
+
+        Raises ManifestMismatch naming what does not fit, ConfigError where it cannot be cut for so many ranks.
+        """
+        shard = communicator.shard
+        engine = self.opened(engine_dir)
+        split = engine.split(shard)
+        verification = Verification(engine) if shard.rank == 0 else None
+        torch.set_num_threads(num_threads)
+        manifest, config = engine.manifest, split.rank_config
+        weights = ShardStore(engine.weights, split)
+        ops = EagerOps(config, weights, manifest.max_model_len, _COMPUTE[manifest.dtype])
+        if verification is not None:
+            verification.finish()
+        parallel = ParallelOps(ops, split, communicator)
+        return TorchModel(config, ops, manifest.kv_dtype, manifest.block_size, parallel)

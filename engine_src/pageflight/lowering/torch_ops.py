@@ -18,13 +18,13 @@ from pageflight.lowering.torch_cache import BlockCache
 from pageflight.lowering.torch_weight import TorchWeight
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
-from pageflight.quant.store import WeightStore
+from pageflight.quant.store import Weights
 
 
 class EagerOps:
     """Computes one step at a time: `prepare` it, then run the decoder."""
 
-    def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int, compute: torch.dtype) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, num_positions: int, compute: torch.dtype) -> None:
         self._config, self._weights, self._compute = config, weights, compute
         self.cache: BlockCache | None = None
         self._loaded: dict[str, TorchWeight] = {}

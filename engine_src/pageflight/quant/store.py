@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,15 @@ from pageflight.quant.weight import Weight
 
 WEIGHTS_NAME = "model.safetensors"
 _FORMS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "I8": "I8", "F8_E4M3": "F8_E4M3", "U8": "I4"}
+
+
+class Weights(Protocol):
+    """Weights by name: all of an engine's, or one rank's parts of them."""
+
+    def __getitem__(self, name: str) -> Weight: ...
+
+    def stored_name(self, name: str) -> str:
+        """Under which name it is stored: a tied head is the embedding."""
 
 
 class WeightStore:

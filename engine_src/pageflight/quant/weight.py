@@ -5,7 +5,9 @@ Shapes: N outputs, K inputs, G groups of inputs per output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,33 @@ class Weight:
         if scales is not None and len(scales) == self.shape[0]:  # a scale per tensor holds for its parts
             scales = scales[part]
         return Weight(self.name, self.dtype, self.values[part], scales, self.input_scale)
+
+    def columns(self, part: slice) -> Weight:
+        """The weight of some inputs only, sharing memory. A cut through a group makes smaller groups, with scales of
+        their own."""
+        scales, begin, end = self.scales, part.start, part.stop
+        if scales is not None and scales.shape[1] > 1:
+            group = self.shape[1] // scales.shape[1]
+            smaller = gcd(group, begin, end)
+            if smaller == group:
+                scales = scales[:, begin // group : end // group]
+            else:
+                scales = scales[:, np.arange(begin, end, smaller) // group]
+        if self.dtype == "I4":
+            assert begin % 2 == 0 == end % 2, "a cut goes through a byte"
+            begin, end = begin // 2, end // 2
+        return Weight(self.name, self.dtype, self.values[:, begin:end], scales, self.input_scale)
+
+    def stacked(self, parts: Sequence[slice]) -> Weight:
+        """The weight of several runs of outputs, one after another; sharing memory where it is one."""
+        if len(parts) == 1:
+            return self.rows(parts[0])
+        weights = [self.rows(part) for part in parts]
+        scales = self.scales
+        if scales is not None and len(scales) == self.shape[0]:
+            scales = np.concatenate([weight.scales for weight in weights if weight.scales is not None])
+        values = np.concatenate([weight.values for weight in weights])
+        return Weight(self.name, self.dtype, values, scales, self.input_scale)
 
     def float32(self) -> NDArray[np.float32]:
         """The value of every element, whatever the form: the reference of every lowering."""

@@ -73,7 +73,9 @@ class DeviceRunner:
         max_model_len: int,
         num_host_blocks: int = 0,
         uses_graphs: bool = True,
+        is_alone: bool = True,
     ) -> None:
+        """`is_alone` False for one of several ranks, whose passes are sums with the others: it repeats none."""
         model.blocks.allocate(num_blocks, num_host_blocks)
         device = model.device
         self.limits = RunnerLimits(
@@ -86,7 +88,7 @@ class DeviceRunner:
             vocab_size=model.config.vocab_size,
             max_in_flight=MAX_IN_FLIGHT,
         )
-        self._model, self._device = model, device
+        self._model, self._device, self._is_alone = model, device, is_alone
         self._rows = DeviceRows(
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
@@ -305,13 +307,18 @@ class DeviceRunner:
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
+            if not self._is_alone:
+                raise self._lack_of_memory(error) from None
             self._make_room(error)
         try:
             return call()
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
-            raise OutOfMemory(f"{self._device}: a step did not find its memory: {first_line(error)}") from None
+            raise self._lack_of_memory(error) from None
+
+    def _lack_of_memory(self, error: RuntimeError) -> OutOfMemory:
+        return OutOfMemory(f"{self._device}: a step did not find its memory: {first_line(error)}")
 
     def _make_room(self, error: RuntimeError) -> None:
         self.num_shortages += 1

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from pageflight.core.config import EngineConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError, OutOfMemory
 from pageflight.core.manifest import EngineManifest
 from pageflight.kernels.launcher import check_launcher
 from pageflight.kv.capacity import Capacity, FreeMemory, free_memory, resolve_capacity
+from pageflight.lowering.communicator import Communicator
 from pageflight.lowering.device_model import DeviceModel, KernelModel
 from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.tensorrt_model import load_segments
@@ -34,7 +35,12 @@ def find_gpu() -> torch.device | None:
 
 
 def load_on_gpu(
-    engine_dir: Path, config: EngineConfig, device: torch.device, *, num_instances: int = 1
+    engine_dir: Path,
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    num_instances: int = 1,
+    communicator: Communicator | None = None,
 ) -> tuple[DeviceRunner, Capacity]:
     """Load an engine of the torch or the TensorRT lowering onto `device`.
 
@@ -42,14 +48,17 @@ def load_on_gpu(
     logged, and the weights are the same.
 
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
-    which is measured. Raises ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot
-    work.
+    which is measured. With a `communicator` this is one rank's part of an engine of the torch lowering, on its own GPU:
+    sizes of the cache are shared by the ranks, and all have as many blocks as the one with the fewest. Raises
+    ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
     if device.type == "cuda":
         check_launcher()
-    model, longest = _model(engine_dir, device)
+    model, longest = _model(engine_dir, device, communicator)
+    if communicator is not None:
+        config = replace(config, kv=_share(config.kv, communicator.shard.size))
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
@@ -63,16 +72,19 @@ def load_on_gpu(
         num_instances=num_instances,
         fraction=1.0,
     )
+    if communicator is not None:
+        capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks), "a rank has no more")
     log.info("%s: a pass takes %d bytes; cache: %s", device, pass_bytes, capacity.reason)
-    return _runner(model, capacity, scheduler, most_tokens)
+    return _runner(model, capacity, scheduler, most_tokens, is_alone=communicator is None)
 
 
 def _runner(
-    model: DeviceModel, capacity: Capacity, scheduler: SchedulerConfig, most_tokens: int
+    model: DeviceModel, capacity: Capacity, scheduler: SchedulerConfig, most_tokens: int, *, is_alone: bool
 ) -> tuple[DeviceRunner, Capacity]:
     """A runner that is warm, with the blocks that the device really has memory for, as long as these are not too few.
 
-    Others may have taken some since it was measured, and what is compiled first takes some that nobody measured.
+    Others may have taken some since it was measured, and what is compiled first takes some that nobody measured. One of
+    several ranks has what all have agreed on, or ends with the core.
     """
     wanted = capacity.kv.num_blocks
     while True:
@@ -84,6 +96,7 @@ def _runner(
                 max_num_seqs=scheduler.max_num_seqs,
                 max_num_tokens=most_tokens,
                 max_model_len=capacity.max_sequence_len,
+                is_alone=is_alone,
             )
             if model.device.type == "cuda":
                 runner.warm_up(scheduler.max_num_tokens)
@@ -92,27 +105,28 @@ def _runner(
         except (OutOfMemory, torch.OutOfMemoryError) as error:
             reason = str(error)
         num_blocks = int(capacity.kv.num_blocks * SHRUNK_TO)
-        if num_blocks < max(1, wanted * LEAST_SHARE):
+        if not is_alone or num_blocks < max(1, wanted * LEAST_SHARE):
             raise OutOfMemory(f"{model.device}: not even {capacity.kv.num_blocks} of {wanted} blocks fit: {reason}")
         log.warning("%d blocks do not fit, trying %d: %s", capacity.kv.num_blocks, num_blocks, reason)
         model.blocks.free()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        longest = min(capacity.max_sequence_len, num_blocks * model.blocks.block_size + 1)
-        capacity = replace(
-            capacity,
-            kv=replace(capacity.kv, num_blocks=num_blocks),
-            num_bytes=num_blocks * model.blocks.bytes_per_block,
-            max_sequence_len=longest,
-            reason=f"{capacity.reason}; {wanted} blocks did not fit",
-        )
+        capacity = capacity.with_blocks(num_blocks, f"{capacity.kv.num_blocks} did not fit")
 
 
-def _model(engine_dir: Path, device: torch.device) -> tuple[DeviceModel, int]:
-    """An engine's model and the longest sequence it is for."""
+def _share(kv: KVConfig, num_ranks: int) -> KVConfig:
+    """What one rank has of the bytes that were asked for."""
+    return replace(kv, memory_bytes=kv.memory_bytes // num_ranks, host_memory_bytes=kv.host_memory_bytes // num_ranks)
+
+
+def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:
+    """An engine's model and the longest sequence it is for. The first of several ranks verifies for all."""
+    if communicator is not None and communicator.shard.rank:
+        part = TorchLowering().opened(engine_dir)
+        return KernelModel.load(part, device, communicator=communicator), part.manifest.max_model_len
     if EngineManifest.read(engine_dir).lowering == "torch":
         engine, verification = TorchLowering().open(engine_dir)
-        model: DeviceModel = KernelModel.load(engine, device)
+        model: DeviceModel = KernelModel.load(engine, device, communicator=communicator)
     else:
         engine = open_engine(engine_dir, "tensorrt")
         verification = Verification(engine)

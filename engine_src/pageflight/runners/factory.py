@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pageflight.core.config import EngineConfig
-from pageflight.core.errors import ConfigError
+from pageflight.core.errors import ConfigError, PageflightError
 from pageflight.core.manifest import EngineManifest
-from pageflight.kv.capacity import Capacity, resolve_capacity
+from pageflight.kv.capacity import Capacity
 from pageflight.lowering import registry
 from pageflight.runners.base import Runner
-from pageflight.runners.local import LocalRunner
+from pageflight.runners.host import run_on_host
 
 if TYPE_CHECKING:
     import torch
@@ -32,20 +33,34 @@ class LoadedEngine:
     num_threads: int
 
 
-def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 1) -> LoadedEngine:
+def load_engine(
+    engine_dir: Path,
+    config: EngineConfig,
+    *,
+    num_instances: int = 1,
+    on_loss: Callable[[PageflightError], None] | None = None,
+) -> LoadedEngine:
     """Load the engine that `pageflight build` wrote and give it its K/V blocks.
 
     The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
     where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
     something else, ConfigError for settings that cannot work. Engines of torch and TensorRT run on a GPU where
-    there is one.
+    there is one. `on_loss` is told, by a thread, when one of several ranks is gone and no step is there to say so.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
     if num_instances < 1:
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
+    if config.tensor_parallel != 1:
+        from pageflight.runners.tensor_parallel import load_tensor_parallel  # imports torch
+
+        num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
+        several, capacity = load_tensor_parallel(
+            engine_dir, config, num_threads=num_threads, num_instances=num_instances, on_loss=on_loss
+        )
+        return LoadedEngine(runner=several, manifest=manifest, capacity=capacity, num_threads=num_threads)
     if manifest.lowering in _ON_GPU and (device := _gpu()) is not None:
         from pageflight.runners.device_factory import load_on_gpu  # imports torch and triton
 
@@ -54,29 +69,7 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
     num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
     lowering = registry.get(manifest.lowering)
     model = lowering.load(engine_dir, num_threads=num_threads)
-    try:
-        if config.scheduler.deterministic:
-            model = lowering.deterministic(
-                model, name=manifest.title, max_num_tokens=config.scheduler.max_num_tokens + model.block_size
-            )
-        scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
-        capacity = resolve_capacity(
-            replace(config.kv, block_size=model.block_size),
-            scheduler,
-            bytes_per_block=model.kv_bytes_per_block,
-            num_instances=num_instances,
-        )
-        runner = LocalRunner(
-            model,
-            num_blocks=capacity.kv.num_blocks,
-            num_host_blocks=capacity.kv.num_host_blocks,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=capacity.max_sequence_len,
-            deterministic=scheduler.deterministic,
-        )
-    except BaseException:
-        model.close()
-        raise
+    runner, capacity = run_on_host(lowering, model, manifest, config, num_instances=num_instances)
     return LoadedEngine(runner=runner, manifest=manifest, capacity=capacity, num_threads=num_threads)
 
 

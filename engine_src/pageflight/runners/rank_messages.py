@@ -1,0 +1,52 @@
+"""What the first rank and the others tell each other beside plans: msgpack, one message each."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import msgspec
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.plan import StepResult
+from pageflight.models.sharding import Shard
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank loads, and where it meets the others."""
+
+    engine_dir: str
+    config: EngineConfig
+    shard: Shard
+    port: int
+    num_threads: int
+    num_instances: int
+
+
+class Present(msgspec.Struct, tag=1, array_like=True, frozen=True):
+    """The process is about to meet the others."""
+
+
+class Computed(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    step: int
+    digest: int
+
+
+class Failed(msgspec.Struct, tag=3, array_like=True, frozen=True):
+    """Last words."""
+
+    error: str  # class name
+    message: str
+
+
+FromRank = Present | Computed | Failed
+encode = msgspec.msgpack.Encoder().encode
+decode_from_rank = msgspec.msgpack.Decoder[FromRank](FromRank).decode
+decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
+
+
+def digest_of(result: StepResult) -> int:
+    """Of everything that a step brought."""
+    digest = crc32(result.sampled_ids.tobytes())
+    for array in (result.log_probs, result.broken):
+        digest = crc32(b"" if array is None else array.tobytes(), digest)
+    return digest

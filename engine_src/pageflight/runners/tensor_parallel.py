@@ -1,0 +1,175 @@
+"""One model on several ranks: this process is the first, the others are processes that it starts and watches.
+
+All ranks get the same plans, one message per step, and compute them with their parts of the weights. Logits are
+gathered, so all sample the same ids from the same bits, and none has to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError, RankLost
+from pageflight.core.manifest import EngineManifest
+from pageflight.core.plan import StepPlan, StepResult
+from pageflight.kv.capacity import Capacity
+from pageflight.lowering.torch_lowering import TorchLowering
+from pageflight.models.sharding import Shard
+from pageflight.runners.base import Runner, StagingRunner
+from pageflight.runners.host import run_on_host
+from pageflight.runners.plan_frames import PlanEncoder
+from pageflight.runners.process_group import GroupCommunicator, open_store, reach_store
+from pageflight.runners.rank_messages import RankSpec, digest_of
+from pageflight.runners.rank_processes import GRACE_S, OnLoss, RankProcesses
+
+
+class TensorParallelRunner:
+    """Runs plans on the first rank's `runner` while the other ranks run them too. Raises RankLost when one is gone, or
+    has sampled other ids."""
+
+    def __init__(self, runner: Runner, ranks: RankProcesses, communicator: GroupCommunicator) -> None:
+        self.limits = runner.limits
+        self._runner, self._ranks, self._communicator = runner, ranks, communicator
+        self._plans = PlanEncoder()
+        self._num_in_flight = 0
+        self._digests: dict[int, tuple[int, int]] = {}  # by step: of the first rank's result, and ranks yet to come
+        self._early: list[tuple[int, int, int]] = []  # rank, step and digest of results that the first does not have
+        self._is_whole = True
+
+    def submit(self, plan: StepPlan) -> None:
+        """Tell all ranks, and begin the forward pass here."""
+        self._num_in_flight += 1  # and it stays so where this fails: ranks may be waiting for a sum
+        self._ranks.send(self._plans.message(plan))
+        with _explained(self._ranks):
+            self._runner.submit(plan)
+
+    def stage(self, plan: StepPlan) -> None:
+        """Prepare the next plan here. The other ranks have time for that while this one settles a step."""
+        if isinstance(self._runner, StagingRunner):
+            self._runner.stage(plan)
+
+    def collect(self) -> StepResult:
+        """The first rank's result, and what all others have said of theirs so far must agree with it."""
+        with _explained(self._ranks):
+            result = self._runner.collect()
+        self._num_in_flight -= 1
+        self._compare(result)
+        return result
+
+    def close(self) -> None:
+        is_whole = self._is_whole and not self._num_in_flight and self._ranks.loss() is None
+        self._ranks.dismiss(at_once=not is_whole)
+        self._runner.close()
+        self._communicator.close(is_whole=is_whole)
+        self._ranks.close()
+
+    def _compare(self, result: StepResult) -> None:
+        self._digests[result.step] = digest_of(result), self._communicator.shard.size - 1
+        self._early += [(rank, computed.step, computed.digest) for rank, computed in self._ranks.computed()]
+        arrived, self._early = self._early, []
+        for rank, step, theirs in arrived:
+            if step not in self._digests:
+                self._early.append((rank, step, theirs))
+                continue
+            ours, num_missing = self._digests.pop(step)
+            if theirs != ours:
+                self._is_whole = False
+                raise RankLost(f"rank {rank} has other results than rank 0 in step {step}")
+            if num_missing > 1:
+                self._digests[step] = ours, num_missing - 1
+
+
+def load_tensor_parallel(
+    engine_dir: Path,
+    config: EngineConfig,
+    *,
+    num_threads: int,
+    num_instances: int,
+    on_loss: OnLoss | None = None,
+) -> tuple[TensorParallelRunner, Capacity]:
+    """Load an engine onto `config.tensor_parallel` ranks, each with its part of the weights and of the K/V heads.
+
+    `num_threads` are shared by the ranks. `on_loss`: see `RankProcesses`. Raises ConfigError for sizes that do not
+    work, ManifestMismatch for an engine that does not fit, RankLost when a rank dies meanwhile.
+    """
+    size, manifest = config.tensor_parallel, EngineManifest.read(engine_dir)
+    if manifest.lowering != "torch":
+        raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {manifest.lowering}")
+    first = Shard(rank=0, size=size)
+    TorchLowering().opened(engine_dir).split(first)  # refuses what does not work before a process is started
+    device = _device(first)
+    store, port = open_store()
+
+    def spec(shard: Shard) -> RankSpec:
+        return RankSpec(
+            engine_dir=str(engine_dir),
+            config=config,
+            shard=shard,
+            port=port,
+            num_threads=max(1, num_threads // size),
+            num_instances=num_instances,
+        )
+
+    ranks = RankProcesses([spec(Shard(rank=rank, size=size)) for rank in range(1, size)], on_loss)
+    with ExitStack() as failed:
+        failed.callback(ranks.close)
+        failed.callback(ranks.dismiss, at_once=True)
+        ranks.wait_present()
+        with _explained(ranks):
+            communicator = GroupCommunicator(first, store, device)
+            failed.callback(communicator.close, is_whole=False)
+            runner, capacity = _load(spec(first), communicator)
+        failed.pop_all()
+    return TensorParallelRunner(runner, ranks, communicator), capacity
+
+
+@contextmanager
+def _explained(ranks: RankProcesses) -> Iterator[None]:
+    """A sum fails where a rank has died: that is what is raised then."""
+    try:
+        yield
+    except RuntimeError as error:
+        loss = ranks.loss(wait_s=GRACE_S)
+        if loss is None:
+            raise
+        raise loss from error
+
+
+def join(spec: RankSpec) -> tuple[Runner, GroupCommunicator]:
+    """In the process of another rank: meet the others and load this rank's part."""
+    communicator = GroupCommunicator(spec.shard, reach_store(spec.port), _device(spec.shard))
+    return _load(spec, communicator)[0], communicator
+
+
+def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:
+    engine_dir, lowering, device = Path(spec.engine_dir), TorchLowering(), _device(spec.shard)
+    if device.type == "cuda":
+        from pageflight.runners.device_factory import load_on_gpu  # brings triton
+
+        return load_on_gpu(engine_dir, spec.config, device, num_instances=spec.num_instances, communicator=communicator)
+    model = lowering.load_shard(engine_dir, communicator, num_threads=spec.num_threads)
+    return run_on_host(
+        lowering,
+        model,
+        EngineManifest.read(engine_dir),
+        spec.config,
+        num_instances=spec.num_instances,
+        communicator=communicator,
+    )
+
+
+def _device(shard: Shard) -> torch.device:
+    """Where a rank computes: on the GPU of its number, of those that this process sees, or on the processor where there
+    is none. Raises ConfigError for fewer GPUs than ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() < shard.size:
+        raise ConfigError(
+            f"tensor_parallel={shard.size}: each rank needs a GPU of its own, {torch.cuda.device_count()} are here"
+        )
+    torch.cuda.set_device(shard.rank)
+    return torch.device("cuda", shard.rank)
