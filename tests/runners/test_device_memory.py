@@ -193,7 +193,7 @@ def test_blocks_that_do_not_fit_become_fewer(
     caplog.set_level(logging.WARNING, "pageflight.runners.device_factory")
     runner, capacity = load(engine_dir, 40)
     assert runner.limits.num_blocks == capacity.kv.num_blocks == 32, "40, 36, 32"
-    assert "40 blocks did not fit" in capacity.reason and "36 blocks do not fit, trying 32" in caplog.text
+    assert "36 blocks, for 40 did not fit" in capacity.reason and "36 blocks do not fit, trying 32" in caplog.text
     runner.close()
     limit = 1
     with pytest.raises(OutOfMemory, match="not even 22 of 40 blocks fit: 22 blocks: CUDA out of memory"):
