@@ -24,7 +24,7 @@ class Card:
     """What computes for one rank. None: not known. `capability` 89 is compute capability 8.9.
 
     Several GPUs can share a model; a slice of a GPU works alone, for slices do not reach each other's memory. `source`:
-    where the memory is known from, if not from the data sheet.
+    where the memory is known from, if not from the data sheet. `has_bf16`: multiplies bf16 numbers itself.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Card:
     fp8_flops_s: float | None = None
     capability: int | None = None
     source: str = ""
+    has_bf16: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,8 @@ def _find(text: str, wanted: str) -> Card:
     name = re.sub(r"[\s_]+", "-", wanted).lower()
     found = [card for known, card in KNOWN.items() if known.lower() == name]
     if not found:
-        found = [card for known, card in KNOWN.items() if known.lower().rpartition("-")[0] == name]
+        whole = [card for card in KNOWN.values() if card.kind == "gpu"]
+        found = [card for card in whole if card.name.lower().rpartition("-")[0] == name]
     if not found:
         found = [card for known, card in KNOWN.items() if known.partition("/")[2] == name]
     if len(found) > 1:

@@ -12,7 +12,7 @@ from pageflight.quant.forms import DTYPES, check_group_size, default_group_size
 BLOCK_SIZE = 32  # of every lowering
 KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "u8": 1}
 U8_RANGE_BYTES = 8
-"""Scale and zero, float32, that u8 stores beside the numbers of a token in a head."""
+"""Scale and zero, float32, that u8 stores beside the numbers that they are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

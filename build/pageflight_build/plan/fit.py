@@ -81,10 +81,10 @@ def fit(config: DecoderConfig, demand: Demand, card: Card, layout: Layout) -> Fi
 
 
 def holder_of(card: Card, demand: Demand) -> Holder:
-    """`kv_dtype` tells a CPU's activations: they are the cache's type, or nobody says."""
+    """How weights lie in the memory of `card`."""
     if card.kind != "cpu":
         return Holder()
-    return Holder(is_gpu=False, keeps_float32=demand.dtype == "bf16" and demand.kv_dtype != "fp32")
+    return Holder(is_gpu=False, keeps_float32=demand.dtype == "bf16" and card.has_bf16)
 
 
 def _room(card: Card, share: Share, demand: Demand) -> int:

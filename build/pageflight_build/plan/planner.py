@@ -8,10 +8,10 @@ from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
 from pageflight_build.plan.cards import KNOWN, Card, Cards
 from pageflight_build.plan.demand import BLOCK_SIZE, Demand, resolved_group_size
-from pageflight_build.plan.fit import Fit, fit
+from pageflight_build.plan.fit import Fit, fit, holder_of
 from pageflight_build.plan.layouts import Layout, input_unit, layout_of, layouts
 from pageflight_build.plan.rule import DTYPE_BITS, published_rule_bytes
-from pageflight_build.plan.shares import kv_bytes_per_block, stored_bytes
+from pageflight_build.plan.shares import Holder, kv_bytes_per_block, stored_bytes
 
 SMALLER_DTYPES = ("fp8", "int8", "int4")
 
@@ -37,7 +37,8 @@ class Plan:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return kv_bytes_per_block(self.config, self.demand.kv_dtype, self.config.num_layers) // BLOCK_SIZE
+        holder = Holder() if self.given is None else holder_of(self.given.card, self.demand)
+        return kv_bytes_per_block(self.config, self.demand.kv_dtype, self.config.num_layers, holder) // BLOCK_SIZE
 
     @property
     def kv_bytes(self) -> int:

@@ -55,10 +55,13 @@ def stored_bytes(config: DecoderConfig, dtype: str, group_size: int) -> int:
     return config.num_layers * layer + table + norm + head
 
 
-def kv_bytes_per_block(config: DecoderConfig, kv_dtype: str, num_layers: int) -> int:
-    """K and V of `num_layers` layers."""
-    per_head = config.head_dim * KV_BYTES[kv_dtype] + (U8_RANGE_BYTES if kv_dtype == "u8" else 0)
-    return 2 * num_layers * config.num_kv_heads * BLOCK_SIZE * per_head
+def kv_bytes_per_block(config: DecoderConfig, kv_dtype: str, num_layers: int, holder: Holder) -> int:
+    """K and V of `num_layers` layers. u8 has a range by token and head; OpenVINO's keys have one by channel instead."""
+    numbers = 2 * BLOCK_SIZE * config.head_dim * KV_BYTES[kv_dtype]
+    ranges = 0
+    if kv_dtype == "u8":
+        ranges = U8_RANGE_BYTES * (BLOCK_SIZE + (BLOCK_SIZE if holder.is_gpu else config.head_dim))
+    return num_layers * config.num_kv_heads * (numbers + ranges)
 
 
 def activation_bytes(dtype: str) -> int:
@@ -68,19 +71,22 @@ def activation_bytes(dtype: str) -> int:
 def pass_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, num_layers: int, element_bytes: int) -> int:
     """Most memory that the values of a pass take at once, by the order of the definition's operations.
 
-    A value lives until the next layer computes the one that takes its name: beside the residual x and the normalised h,
-    [T, H], there are qkv [T, F] and the attended heads [T, Q]. Most is there when a layer multiplies into gate and up
-    [T, 2I] while the layer before still has its own; or when it multiplies into qkv; or at the head, where rows that do
-    not sample have gone.
+    A value lives until the next layer has computed the one that takes its name: beside the residual x and the
+    normalised h, [T, H], there are qkv [T, F] and the attended heads [T, Q]. Most is there when a layer multiplies into
+    gate and up [T, 2I] while the layer before still has its own, when it multiplies their product [T, I] down, or when
+    it multiplies into qkv; or at the head, where rows that do not sample have gone.
     """
     c = config
     fused = c.q_size + 2 * c.kv_size
     kept = 2 * c.hidden_size + fused + c.q_size
     num_full = num_layers - 1  # the last layer's MLP has the rows that sample only
-    gate_up = 2 * c.intermediate_size
-    mlp = kept + gate_up * min(num_full, 2)
-    attention = kept + (fused + gate_up if num_full else 0)
-    layers = num_tokens * max(mlp, attention)
+    gate_up, gated = 2 * c.intermediate_size, c.intermediate_size
+    moments = [kept]
+    if num_full >= 1:
+        moments += [kept + gate_up + gated + c.hidden_size, kept + gate_up + fused]
+    if num_full >= 2:
+        moments.append(kept + 2 * gate_up)
+    layers = num_tokens * max(moments)
     head = num_tokens * fused + num_rows * (3 * c.hidden_size + c.q_size + gate_up + c.vocab_size)
     return element_bytes * max(layers, head)
 
@@ -90,12 +96,19 @@ def shares_of(config: DecoderConfig, demand: Demand, layout: Layout, holder: Hol
     rank = rank_config(config, layout.tensor_parallel, input_unit(demand.dtype, demand.group_size))
     parts = _parts(rank, demand.dtype, demand.group_size, holder, layout.tensor_parallel)
     return tuple(
-        _share(config, rank, demand, stage, parts, layout) for stage in stages_of(config.num_layers, layout.pipeline)
+        _share(config, rank, demand, stage, parts, layout, holder)
+        for stage in stages_of(config.num_layers, layout.pipeline)
     )
 
 
 def _share(
-    config: DecoderConfig, rank: DecoderConfig, demand: Demand, stage: Stage, parts: tuple[int, ...], layout: Layout
+    config: DecoderConfig,
+    rank: DecoderConfig,
+    demand: Demand,
+    stage: Stage,
+    parts: tuple[int, ...],
+    layout: Layout,
+    holder: Holder,
 ) -> Share:
     layer, table, norm, head = parts
     holds_table = stage.is_first or (stage.is_last and not head)  # a tied head reads the embedding
@@ -113,7 +126,7 @@ def _share(
             stage.num_layers + (not stage.is_last),  # every layer but the model's last one has all rows
             activation_bytes(demand.dtype),
         ),
-        block_bytes=kv_bytes_per_block(rank, demand.kv_dtype, stage.num_layers),
+        block_bytes=kv_bytes_per_block(rank, demand.kv_dtype, stage.num_layers, holder),
         num_matrix_parameters=layers.num_parameters,
         num_head_parameters=stage.is_last * -(-config.vocab_size // layout.tensor_parallel) * config.hidden_size,
         num_attention_features=stage.num_layers * rank.q_size,

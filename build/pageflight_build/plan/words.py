@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pageflight_build.plan.cards import GIB, Card
+from pageflight_build.plan.cards import GIB, MIB, Card
+from pageflight_build.plan.demand import BLOCK_SIZE
 from pageflight_build.plan.fit import CPU_FRACTION, Fit
 from pageflight_build.plan.layouts import CARDS_PER_MACHINE, MOST_CARDS, Layout
 from pageflight_build.plan.planner import Plan
@@ -13,7 +14,11 @@ RULE = "P · 4 / (32 / Q) · 1.2"
 
 def gib(num_bytes: float) -> str:
     """Binary gigabytes, as drivers count memory."""
-    return f"{num_bytes / GIB:,.1f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / (1 << 20):,.0f} MiB"
+    return f"{gib_number(num_bytes)} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / MIB:,.0f} MiB"
+
+
+def gib_number(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.1f}"
 
 
 def billions(num_parameters: float) -> str:
@@ -169,8 +174,8 @@ def _instead(plan: Plan, given: Fit) -> list[str]:
     found = []
     if given.obstacle is None and given.max_concurrency:
         found.append(f"{counted(given.max_concurrency, 'sequence')} of {plan.demand.context:,} tokens would fit.")
-    elif given.obstacle is None and given.cache_tokens:
-        tokens = given.cache_tokens // plan.demand.concurrency
+    elif given.obstacle is None:
+        tokens = given.num_blocks // plan.demand.concurrency * BLOCK_SIZE
         if tokens:
             found.append(f"{counted(plan.demand.concurrency, 'sequence')} of {tokens:,} tokens would fit.")
     if plan.fits:
@@ -178,9 +183,7 @@ def _instead(plan: Plan, given: Fit) -> list[str]:
         found.append(f"{cards_named(best.card, best.layout.num_cards)} would hold it ({split_named(best.layout)}).")
     for dtype, other in plan.instead.items():
         room = counted(other.max_concurrency, "such sequence")
-        found.append(
-            f"With {dtype} weights ({gib(other.weight_bytes)} a card) these cards would, with room for {room}."
-        )
+        found.append(f"In {dtype}, with weights of {gib(other.weight_bytes)} a card, these would: room for {room}.")
     if not found:
         found.append("Nothing near would do on these cards: take larger ones, or a smaller model.")
     return found

@@ -93,10 +93,9 @@ def plan(
 
     folder = resolve_checkpoint(checkpoint, files=("config.json",))
     config = read_config(folder)
-    on_cpu = cards is not None and cards.card.kind == "cpu"
-    native = default_dtype(cpu_flags())
-    dtype = dtype or (native if on_cpu else "bf16")
-    kv_dtype = kv_dtype or ("fp32" if on_cpu and native == "fp32" else default_kv_dtype(dtype))
+    native = "bf16" if cards is None or cards.card.has_bf16 else "fp32"
+    dtype = dtype or native
+    kv_dtype = kv_dtype or (default_kv_dtype(dtype) if native == "bf16" else "fp32")
     check_dtypes(dtype, kv_dtype)
     demand = Demand(
         dtype=dtype,
@@ -136,7 +135,8 @@ def _plan_size(parameters: float, dtype: str, cards: Cards | None, utilization: 
 
 def _this_machine() -> Card:
     free = free_memory()
-    return Card(name="cpu", kind="cpu", memory_bytes=free.num_bytes, source=free.source)
+    has_bf16 = default_dtype(cpu_flags()) == "bf16"
+    return Card(name="cpu", kind="cpu", memory_bytes=free.num_bytes, source=free.source, has_bf16=has_bf16)
 
 
 def _weight_files_bytes(folder: Path) -> int:
@@ -179,21 +179,19 @@ def _given_table(fit: Fit) -> Table:
 
 
 def _fewest_table(made: Plan) -> Table:
-    from pageflight_build.plan.words import cards_named, gib, rate, split_named
+    from pageflight_build.plan.words import cards_named, gib_number, rate
 
-    table = Table(
-        title="Fewest cards that hold it; bytes of the fullest card", title_justify="left", box=None, pad_edge=False
-    )
-    table.add_column("cards", no_wrap=True)
-    table.add_column("split", no_wrap=True)
-    for name in ("weights", "K/V room", "blocks", "seqs", "decode/s", "prompt/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = "Fewest cards that hold it (GiB of the fullest card; tp: ranks, pp: stages)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("cards", "tp", "pp", "weights", "K/V room", "blocks", "seqs", "decode/s", "prompt/s"):
+        table.add_column(name, justify="left" if name == "cards" else "right", no_wrap=True)
     for fit in (one for one in made.fits if one.card.kind == "gpu"):
         table.add_row(
             cards_named(fit.card, fit.layout.num_cards),
-            split_named(fit.layout),
-            gib(fit.weight_bytes),
-            gib(fit.kv_room_bytes),
+            str(fit.layout.tensor_parallel),
+            str(fit.layout.pipeline),
+            gib_number(fit.weight_bytes),
+            gib_number(fit.kv_room_bytes),
             f"{fit.num_blocks:,}",
             f"{fit.max_concurrency:,}",
             rate(fit.ceilings.decode_tokens_s),
