@@ -257,6 +257,8 @@ def test_widened_copies_of_a_cpu_are_counted_once_per_matrix() -> None:
         multiplied = config.num_parameters - (0 if tied else 128256 * 4096)
         assert wide.weight_bytes - plain.weight_bytes == 4 * multiplied
         assert plain.weight_bytes == stored_bytes(config, "bf16", 0)
+    both = shares_of(LLAMA_8B, demand(dtype="fp32"), Layout(), Holder(is_gpu=False, keeps_both_forms=True))[0]
+    assert both.weight_bytes == stored_bytes(LLAMA_8B, "fp32", 0) + 32 * 4096 * 14336 * 4
 
 
 def test_a_longer_step_takes_a_larger_pass() -> None:

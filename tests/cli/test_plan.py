@@ -118,7 +118,9 @@ def test_a_size_alone_is_enough_for_the_rule(capsys: pytest.CaptureFixture[str])
         (["{checkpoint}", "--context", "200000"], "the model was made for 131072 positions"),
         (["{checkpoint}", "--kv-dtype", "fp4"], "kv_dtype='fp4': supported are"),
         (["{checkpoint}", "--dtype", "fp4"], "dtype='fp4': supported are"),
-        (["{checkpoint}", "--dtype", "int8", "--group-size", "100"], "group_size=100"),
+        (["{checkpoint}", "--dtype", "int8", "--group-size", "100"], "group_size=100:"),
+        (["{checkpoint}", "--dtype", "int4", "--group-size", "100000"], "group_size=100000:"),
+        (["{checkpoint}", "--group-size", "64"], "group_size=64: only dtypes int8 and int4"),
         (["--parameters", "70e9", "--gpu-memory-utilization", "2"], "gpu_memory_utilization=2.0"),
     ],
 )

@@ -84,7 +84,11 @@ def holder_of(card: Card, demand: Demand) -> Holder:
     """How weights lie in the memory of `card`."""
     if card.kind != "cpu":
         return Holder()
-    return Holder(is_gpu=False, keeps_float32=demand.dtype == "bf16" and card.has_bf16)
+    return Holder(
+        is_gpu=False,
+        keeps_float32=demand.dtype == "bf16" and card.has_bf16,
+        keeps_both_forms=demand.dtype == "fp32",
+    )
 
 
 def _room(card: Card, share: Share, demand: Demand) -> int:

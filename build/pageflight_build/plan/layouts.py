@@ -54,17 +54,22 @@ def input_unit(dtype: str, group_size: int) -> int:
 
 def tensor_parallel_obstacle(config: DecoderConfig, size: int, unit: int) -> str | None:
     """Why `size` ranks cannot share the model; None where they can."""
+    if size == 1:
+        return None
     if config.num_heads % size:
         return f"{size} does not divide {config.num_heads} heads"
-    if size > 1 and config.q_size // size % unit:
+    if config.q_size // size % unit:
         return f"{size} ranks would cut groups of {unit} inputs that share a scale, of {config.q_size} query features"
-    if config.intermediate_size // unit < size or config.vocab_size < size:
+    rows = -(-config.vocab_size // size)
+    if config.intermediate_size // unit < size or (size - 1) * rows >= config.vocab_size:
         return f"the model is too small for {size} ranks"
     return None
 
 
 def rank_config(config: DecoderConfig, size: int, unit: int) -> DecoderConfig:
     """The decoder of the rank that holds most. Its vocabulary is whole: every rank has all logits."""
+    if size == 1:
+        return config
     heads, group = config.num_heads // size, config.num_heads // config.num_kv_heads
     return replace(
         config,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from pageflight.models.config import DecoderConfig
-from pageflight.models.weights import EMBED, FINAL_NORM, HEAD
+from pageflight.models.weights import EMBED, FINAL_NORM, HEAD, LayerNames
 from pageflight.quant.forms import QUANTISED_FORMS, WeightForm, weight_forms
 from pageflight_build.plan.demand import BLOCK_SIZE, KV_BYTES, U8_RANGE_BYTES, Demand
 from pageflight_build.plan.layouts import Layout, Stage, input_unit, rank_config, stages_of
@@ -41,12 +41,14 @@ class Share:
 class Holder:
     """What of the target decides how weights lie in memory.
 
-    A GPU has everything but quantised matrices in the type of its activations. OpenVINO has what the file has; with
-    bf16 activations it keeps bf16 matrices as float32 beside their bf16 form (measured: docs/planning.md).
+    A GPU has everything but quantised matrices in the type of its activations. OpenVINO has what the file has, and
+    copies: `keeps_float32`, of bf16 matrices where activations are bf16; `keeps_both_forms`, of float32 ones it packs
+    the MLP's last differently for one token and for many, and keeps both (measured: docs/planning.md).
     """
 
     is_gpu: bool = True
     keeps_float32: bool = False
+    keeps_both_forms: bool = False
 
 
 def stored_bytes(config: DecoderConfig, dtype: str, group_size: int) -> int:
@@ -143,7 +145,8 @@ def _parts(config: DecoderConfig, dtype: str, group_size: int, holder: Holder, s
             scales = None if form.scales is None else (rows, form.scales[1])
             form = WeightForm(form.dtype, (rows, form.shape[1]), scales)
         widens = holder.keeps_float32 and form.dtype == "BF16" and name != EMBED
-        sizes[name] = _held_bytes(name, form, dtype, holder) + widens * 4 * prod(form.shape)
+        again = widens or (holder.keeps_both_forms and name == LayerNames.of(0).down)
+        sizes[name] = _held_bytes(name, form, dtype, holder) + again * 4 * prod(form.shape)
     if holder.keeps_float32 and HEAD not in sizes and forms[EMBED].dtype == "BF16":
         sizes[EMBED] += 4 * prod(forms[EMBED].shape)
     outside = (EMBED, FINAL_NORM, HEAD)

@@ -89,7 +89,7 @@ def _of_any(plan: Plan) -> list[str]:
         return [f"No card of the table holds it, up to {MOST_CARDS} of them: ask for less context, or a smaller dtype."]
     sliced = [one.card.name for one in plan.fits if one.card.kind == "slice"]
     if sliced:
-        found.append(f"So is one slice: {', '.join(sliced)}.")
+        found.append(f"One slice is enough of: {', '.join(sliced)}.")
     divided = max((one.layout for one in plan.fits), key=lambda layout: layout.num_cards)
     return found + _why_split(divided)
 
