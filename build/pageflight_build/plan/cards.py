@@ -3,7 +3,8 @@
 Memory is what the driver reports (nvidia-smi), a little less than the name says. Bandwidth and rates are those of
 NVIDIA's data sheets, without sparsity and with float32 sums: H100 and H200 Tensor Core GPU, HGX B200, GB200 NVL72,
 A100, A10, L4 and L40S data sheets; Ada and RTX Blackwell architecture white papers for the RTX cards. Slices: the
-Multi-Instance GPU user guide, memory and multiprocessors as `nvidia-smi mig -lgip` lists them.
+Multi-Instance GPU user guide, memory and multiprocessors as `nvidia-smi mig -lgip` lists them (of H200's quarters no
+listing was at hand: their memory is in proportion to the others).
 """
 
 from __future__ import annotations
