@@ -27,11 +27,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 Fetch = Callable[..., str]
 
 
-def resolve_checkpoint(wanted: str, *, fetch: Fetch | None = None) -> Path:
+def resolve_checkpoint(wanted: str, *, files: tuple[str, ...] = WANTED, fetch: Fetch | None = None) -> Path:
     """The folder of the checkpoint `wanted`: a path, or `owner/name[@revision]` of the Hugging Face hub.
 
-    A hub id is looked for in the local cache first and fetched (safetensors and tokenizer files only) when it is not
-    there. `fetch` stands in for `huggingface_hub.snapshot_download`. Raises CheckpointError that says what to do.
+    A hub id is looked for in the local cache first and fetched (`files` only: by default safetensors and tokenizer
+    files) when it is not there. `fetch` stands in for `huggingface_hub.snapshot_download`. Raises CheckpointError that
+    says what to do.
     """
     folder = Path(wanted).expanduser()
     if folder.is_dir():
@@ -43,7 +44,7 @@ def resolve_checkpoint(wanted: str, *, fetch: Fetch | None = None) -> Path:
             f"{wanted} does not exist, and it is no Hugging Face id (owner/name) either; give the checkpoint's folder"
         )
     name, _, revision = wanted.partition("@")
-    return _from_hub(wanted, name, revision or None, fetch or _hub_fetch())
+    return _from_hub(wanted, name, revision or None, files, fetch or _hub_fetch())
 
 
 def default_name(wanted: str) -> str:
@@ -62,17 +63,18 @@ def _hub_fetch() -> Fetch:
     return snapshot_download
 
 
-def _from_hub(wanted: str, name: str, revision: str | None, fetch: Fetch) -> Path:
+def _from_hub(wanted: str, name: str, revision: str | None, files: tuple[str, ...], fetch: Fetch) -> Path:
     # huggingface_hub's errors of a missing snapshot derive from these two
     with contextlib.suppress(OSError, ValueError):
-        cached = Path(fetch(name, revision=revision, allow_patterns=list(WANTED), local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        cached = Path(fetch(name, revision=revision, allow_patterns=list(files), local_files_only=True))
+        needs_weights = any(name.endswith(".safetensors") for name in files)
+        if (cached / "config.json").is_file() and (not needs_weights or any(cached.glob("*.safetensors"))):
             return cached.resolve()
     advice = "fetch it on a machine with network (huggingface-cli download), copy the folder here and give its path"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise CheckpointError(f"{wanted} is not in the local Hugging Face cache and HF_HUB_OFFLINE is set; {advice}")
     try:
-        return Path(fetch(name, revision=revision, allow_patterns=list(WANTED))).resolve()
+        return Path(fetch(name, revision=revision, allow_patterns=list(files))).resolve()
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

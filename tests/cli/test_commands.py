@@ -19,7 +19,7 @@ from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest, FileRecord
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes, parse_capabilities
 
-COMMANDS = ("build", "serve", "up", "generate", "chat", "inspect", "replay")
+COMMANDS = ("build", "serve", "up", "generate", "chat", "plan", "inspect", "replay")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -16,6 +16,7 @@ from pageflight.cli.console import console
 from pageflight.cli.errors import CommandError
 from pageflight.cli.generate import generate
 from pageflight.cli.inspect_repository import inspect
+from pageflight.cli.plan import plan
 from pageflight.cli.replay import replay
 from pageflight.cli.serve import serve
 from pageflight.cli.up import up
@@ -61,6 +62,7 @@ app.command()(serve)
 app.command()(up)
 app.command()(generate)
 app.command()(chat)
+app.command()(plan)
 app.command()(inspect)
 app.command()(replay)
 

@@ -1,0 +1,1 @@
+"""What a model needs and which GPUs hold it: arithmetic before anything is built. `pageflight plan` shows it."""
