@@ -14,7 +14,7 @@ from pageflight_build.plan.cards import GIB, KNOWN, Card, Cards
 from pageflight_build.plan.ceilings import ceilings_of
 from pageflight_build.plan.demand import Demand, check_context, default_kv_dtype, resolved_group_size
 from pageflight_build.plan.fit import Fit, fit
-from pageflight_build.plan.layouts import Layout, Stage, layout_of, rank_config, stages_of, tensor_parallel_obstacle
+from pageflight_build.plan.layouts import Layout, Stage, layout_of, layouts, rank_config, shares_out, stages_of
 from pageflight_build.plan.planner import Plan, fewest, make_plan
 from pageflight_build.plan.report import as_json, size_json
 from pageflight_build.plan.rule import plan_by_size, published_rule_bytes
@@ -85,20 +85,26 @@ def test_a_rank_of_an_uneven_split_holds_the_larger_part() -> None:
     """14336 features in groups of 128 are 112 groups: of 5 ranks some have 23 and none 22.4."""
     config = replace(LLAMA_8B, num_heads=40, num_kv_heads=8, hidden_size=5120)
     assert rank_config(config, 5, 128).intermediate_size == 23 * 128
-    assert tensor_parallel_obstacle(config, 5, 128) is None
+    assert shares_out(config, 5, 128)
 
 
-@pytest.mark.parametrize(
-    ("config", "size", "unit", "says"),
-    [
-        (LLAMA_8B, 3, 1, "does not divide 32 heads"),
-        (replace(LLAMA_8B, head_dim=48), 8, 128, "cut groups of 128"),
-        (replace(LLAMA_8B, intermediate_size=512), 8, 128, "too small for 8 ranks"),
-        (replace(LLAMA_8B, vocab_size=3), 4, 1, "too small for 4 ranks"),
-    ],
-)
-def test_what_cannot_be_shared_says_why(config: DecoderConfig, size: int, unit: int, says: str) -> None:
-    assert says in str(tensor_parallel_obstacle(config, size, unit))
+@pytest.mark.parametrize(("change", "size"), [({}, 3), ({"intermediate_size": 7}, 8), ({"vocab_size": 3}, 4)])
+def test_no_layout_has_ranks_that_the_engine_refuses(change: dict[str, int], size: int) -> None:
+    """A plan for three cards was three ranks of 32 heads; and the build refused it."""
+    config = replace(LLAMA_8B, **change)  # type: ignore[arg-type]
+    assert not shares_out(config, size, 1)
+    layout = layout_of(config, 1, size)
+    assert layout is None or layout.tensor_parallel < size
+    assert all(each.tensor_parallel != size for each in layouts(config, 1))
+
+
+def test_groups_that_a_rank_cuts_are_smaller_there() -> None:
+    """48 features of a head, in groups of 128: eight ranks have 192 query features each, that is groups of 64."""
+    config = replace(LLAMA_8B, head_dim=48)
+    grouped = demand(dtype="int4", group_size=128)
+    (share,) = shares_of(config, grouped, Layout(tensor_parallel=8), Holder())
+    (whole,) = shares_of(config, grouped, Layout(), Holder())
+    assert whole.weight_bytes / 8 < share.weight_bytes < whole.weight_bytes / 7
 
 
 def test_stages_hold_all_layers_once() -> None:

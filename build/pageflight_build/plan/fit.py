@@ -54,7 +54,7 @@ class Fit:
 
 
 def fit(config: DecoderConfig, demand: Demand, card: Card, layout: Layout) -> Fit:
-    """Raises ConfigError for groups of weights that the layout cuts."""
+    """What `layout` takes and leaves on each `card`."""
     shares = shares_of(config, demand, layout, holder_of(card, demand))
     asked = demand.concurrency * demand.blocks_per_sequence
     rooms = [_room(card, share, demand) for share in shares]

@@ -1,16 +1,16 @@
 """How a model is divided among cards: by heads and features inside a machine, by layers across machines.
 
-The tensor-parallel split is Megatron's (Shoeybi et al., Megatron-LM, 2019): every rank has its heads, its part of the
-MLP and its rows of the vocabulary, and all of the norms. K/V heads are replicated where there are fewer than ranks.
+The tensor-parallel split is the one that the engine makes (`pageflight.models.sharding`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import gcd
+from dataclasses import dataclass
 
+from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
+from pageflight.models.sharding import Shard, Split, check_size
 
 CARDS_PER_MACHINE = 8
 MOST_CARDS = 64
@@ -47,42 +47,26 @@ def stages_of(num_layers: int, pipeline: int) -> tuple[Stage, ...]:
     )
 
 
-def input_unit(dtype: str, group_size: int) -> int:
-    """Inputs that share a scale, or a byte, and stay on one rank."""
-    return group_size or (2 if dtype == "int4" else 1)
-
-
-def tensor_parallel_obstacle(config: DecoderConfig, size: int, unit: int) -> str | None:
-    """Why `size` ranks cannot share the model; None where they can."""
-    if size == 1:
-        return None
-    if config.num_heads % size:
-        return f"{size} does not divide {config.num_heads} heads"
-    if config.q_size // size % unit:
-        return f"{size} ranks would cut groups of {unit} inputs that share a scale, of {config.q_size} query features"
-    rows = -(-config.vocab_size // size)
-    if config.intermediate_size // unit < size or (size - 1) * rows >= config.vocab_size:
-        return f"the model is too small for {size} ranks"
-    return None
+def shares_out(config: DecoderConfig, size: int, unit: int) -> bool:
+    """Whether `size` ranks can share every layer. `unit`: inputs that share a scale."""
+    try:
+        check_size(config, size, unit)
+    except ConfigError:
+        return False
+    return True
 
 
 def rank_config(config: DecoderConfig, size: int, unit: int) -> DecoderConfig:
     """The decoder of the rank that holds most. Its vocabulary is whole: every rank has all logits."""
-    if size == 1:
-        return config
-    heads, group = config.num_heads // size, config.num_heads // config.num_kv_heads
-    return replace(
-        config,
-        num_heads=heads,
-        num_kv_heads=heads // gcd(heads, group),
-        intermediate_size=-(-(config.intermediate_size // unit) // size) * unit,
-    )
+    ranks = (Shard(rank=rank, size=size) for rank in range(size))
+    decoders = (Split(config=config, shard=shard, input_unit=unit).rank_config for shard in ranks)
+    return max(decoders, key=lambda decoder: decoder.num_parameters)
 
 
 def layout_of(config: DecoderConfig, unit: int, num_cards: int) -> Layout | None:
     """`num_cards` cards: as many ranks as a machine can have and the heads allow, the rest by layers."""
     for size in range(min(num_cards, CARDS_PER_MACHINE), 0, -1):
-        if num_cards % size or tensor_parallel_obstacle(config, size, unit):
+        if num_cards % size or not shares_out(config, size, unit):
             continue
         stages = num_cards // size
         return Layout(tensor_parallel=size, pipeline=stages) if stages <= config.num_layers else None
@@ -91,7 +75,7 @@ def layout_of(config: DecoderConfig, unit: int, num_cards: int) -> Layout | None
 
 def layouts(config: DecoderConfig, unit: int) -> Iterator[Layout]:
     """What to try, fewest cards first: ranks of one machine, then machines full of ranks."""
-    sizes = [n for n in range(1, CARDS_PER_MACHINE + 1) if tensor_parallel_obstacle(config, n, unit) is None]
+    sizes = [n for n in range(1, CARDS_PER_MACHINE + 1) if shares_out(config, n, unit)]
     for size in sizes:
         yield Layout(tensor_parallel=size)
     for stages in range(2, min(config.num_layers, MOST_CARDS // sizes[-1]) + 1):

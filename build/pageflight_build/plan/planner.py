@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
+from pageflight.quant.sharding import input_unit
 from pageflight_build.plan.cards import KNOWN, Card, Cards
 from pageflight_build.plan.demand import BLOCK_SIZE, Demand, resolved_group_size
 from pageflight_build.plan.fit import Fit, fit, holder_of
-from pageflight_build.plan.layouts import Layout, input_unit, layout_of, layouts
+from pageflight_build.plan.layouts import Layout, layout_of, layouts
 from pageflight_build.plan.rule import DTYPE_BITS, published_rule_bytes
 from pageflight_build.plan.shares import Holder, kv_bytes_per_block, stored_bytes
 

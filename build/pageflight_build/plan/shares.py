@@ -7,13 +7,14 @@ intermediate, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 from pageflight.models.config import DecoderConfig
 from pageflight.models.weights import EMBED, FINAL_NORM, HEAD, LayerNames
 from pageflight.quant.forms import QUANTISED_FORMS, WeightForm, weight_forms
+from pageflight.quant.sharding import input_unit
 from pageflight_build.plan.demand import BLOCK_SIZE, KV_BYTES, U8_RANGE_BYTES, Demand
-from pageflight_build.plan.layouts import Layout, Stage, input_unit, rank_config, stages_of
+from pageflight_build.plan.layouts import Layout, Stage, rank_config, stages_of
 
 _STORED_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _SMALLEST_GROUP = {"I8": 16, "I4": 32}
@@ -94,7 +95,7 @@ def pass_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, num_layers
 
 
 def shares_of(config: DecoderConfig, demand: Demand, layout: Layout, holder: Holder) -> tuple[Share, ...]:
-    """The fullest card of every stage. Raises ConfigError for groups that do not fit the ranks."""
+    """The fullest card of every stage."""
     rank = rank_config(config, layout.tensor_parallel, input_unit(demand.dtype, demand.group_size))
     parts = _parts(rank, demand.dtype, demand.group_size, holder, layout.tensor_parallel)
     return tuple(
@@ -137,6 +138,8 @@ def _share(
 
 def _parts(config: DecoderConfig, dtype: str, group_size: int, holder: Holder, size: int) -> tuple[int, int, int, int]:
     """Bytes of one layer, the embedding, the final norm and the head (0: it is the embedding), of one of `size`."""
+    if size > 1:
+        group_size = gcd(group_size, config.q_size)  # where a rank's heads end within a group, it has smaller ones
     forms = weight_forms(replace(config, num_layers=1), dtype, group_size)
     rows = -(-config.vocab_size // size)
     sizes = {}
