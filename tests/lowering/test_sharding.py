@@ -40,10 +40,16 @@ SIZES = {
 
 @contextmanager
 def ranks(
-    workshop: Workshop, shape: str, size: int, dtype: str = "fp32", group_size: int = 0, **engine
+    workshop: Workshop,
+    shape: str,
+    size: int,
+    dtype: str = "fp32",
+    group_size: int = 0,
+    num_stages: int = 1,
+    **engine,
 ) -> Iterator[Driver]:
     folder = workshop.engine(shape, TorchLowering(), dtype, "fp32", group_size, **engine)
-    model = ThreadedRanks(folder, size)
+    model = ThreadedRanks(folder, size, num_stages)
     driver = Driver(model)
     model.allocate(driver.num_blocks, num_host_blocks=6)
     yield driver
@@ -54,11 +60,18 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
-@pytest.mark.parametrize(("shape", "size"), [(shape, size) for shape, sizes in SIZES.items() for size in sizes])
-def test_ranks_have_the_logits_and_the_greedy_text_of_one(workshop, random_ids, shape, size):
-    """Heads, K/V heads shared by ranks, uneven MLPs and vocabularies: any slice one off and the text is another."""
+STAGES = {"gqa": [(1, 2), (2, 2), (1, 3)], "tied": [(1, 2)], "biases": [(2, 2)], "odd-sizes": [(5, 2)]}
+"""Ranks of a stage, and stages."""
+CUTS = [(shape, size, 1) for shape, sizes in SIZES.items() for size in sizes]
+CUTS += [(shape, *cut) for shape, cuts in STAGES.items() for cut in cuts]
+
+
+@pytest.mark.parametrize(("shape", "size", "num_stages"), CUTS)
+def test_ranks_have_the_logits_and_the_greedy_text_of_one(workshop, random_ids, shape, size, num_stages):
+    """Heads, K/V heads shared by ranks, uneven MLPs and vocabularies, layers of a stage: any slice one off and the text
+    is another."""
     whole = workshop.driver(shape, "torch")
-    with ranks(workshop, shape, size) as parts:
+    with ranks(workshop, shape, size, num_stages=num_stages) as parts:
         steps = [({"a": random_ids(40, 1), "b": random_ids(7, 2)}, None), ({"a": random_ids(30, 3), "b": [5]}, {"b"})]
         for new, samples in [*steps, ({"a": random_ids(3, 4)}, set()), ({"b": [6], "a": [7]}, None)]:
             expected, found = whole.step(new, samples), parts.step(new, samples)

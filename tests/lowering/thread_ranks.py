@@ -16,7 +16,7 @@ import torch
 
 from pageflight.lowering.base import StepInputs
 from pageflight.lowering.torch_lowering import TorchLowering, TorchModel
-from pageflight.models.sharding import Shard
+from pageflight.models.stages import Place
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,18 +47,17 @@ class ThreadGroup:
 
 
 class ThreadCommunicator:
-    """One rank's line to the others of its group."""
+    """One rank's line to the others of its stage."""
 
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
-        self.shard = Shard(rank=rank, size=group.size)
-        self._group = group
+    def __init__(self, group: ThreadGroup, place: Place) -> None:
+        self.place, self._group = place, group
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return self.all_gather(x).sum(0)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         group = self._group
-        group.slots[self.shard.rank] = x
+        group.slots[self.place.shard.rank] = x
         group.turn.release()
         if group.barrier.wait() == 0:
             group.num_calls += 1
@@ -70,19 +69,27 @@ class ThreadCommunicator:
     def least(self, number: int) -> int:
         return int(self.all_gather(torch.tensor([number])).min())
 
+    def total(self, number: int) -> int:
+        return int(self.all_gather(torch.tensor([number])).sum())
+
 
 class ThreadedRanks:
-    """A compiled model of several: each pass runs on all of them, and all must answer the same bits."""
+    """A compiled model of several: each pass runs on all ranks of a stage, which must answer the same bits, and then on
+    the next stage."""
 
-    def __init__(self, engine_dir: Path, size: int) -> None:
-        self.group = ThreadGroup(size)
+    def __init__(self, engine_dir: Path, size: int, num_stages: int = 1) -> None:
         lowering, num_threads = TorchLowering(), torch.get_num_threads()
+        self.stages: list[tuple[ThreadGroup, list[TorchModel]]] = []
+        for stage in range(num_stages):
+            self.group = group = ThreadGroup(size)
 
-        def load(rank: int) -> TorchModel:
-            communicator = ThreadCommunicator(self.group, rank)
-            return lowering.load_shard(engine_dir, communicator, num_threads=num_threads)
+            def load(place: Place, group: ThreadGroup = group) -> TorchModel:
+                return lowering.load_rank(engine_dir, ThreadCommunicator(group, place), num_threads=num_threads)
 
-        self.ranks = self.group.each(load, range(size))
+            ranks = range(stage * size, (stage + 1) * size)
+            places = [Place(rank=rank, tensor_parallel=size, pipeline_parallel=num_stages) for rank in ranks]
+            self.stages.append((group, group.each(load, places)))
+        self.ranks = [rank for _, ranks in self.stages for rank in ranks]
         first = self.ranks[0]
         self.block_size, self.vocab_size, self.num_threads = first.block_size, first.vocab_size, first.num_threads
         self.token_tile, self.replay_rows = first.token_tile, first.replay_rows
@@ -93,14 +100,17 @@ class ThreadedRanks:
             rank.allocate(num_blocks, num_host_blocks)
 
     def start(self, inputs: StepInputs) -> None:
-        for rank in self.ranks:
-            rank.start(inputs)
+        self._inputs = inputs
 
     def wait(self) -> np.ndarray:
-        first, *others = self.group.each(lambda rank: rank.wait(), self.ranks)
-        for other in others:
-            np.testing.assert_array_equal(other, first)
-        return first
+        inputs, x = self._inputs, None
+        for group, ranks in self.stages:
+            passed = x
+            x, *others = group.each(lambda rank, passed=passed: rank.forward(inputs, passed), ranks)
+            for other in others:
+                assert torch.equal(other, x)
+        assert x is not None
+        return x.numpy()
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         for rank in self.ranks:
@@ -117,4 +127,5 @@ class ThreadedRanks:
     def close(self) -> None:
         for rank in self.ranks:
             rank.close()
-        self.group.close()
+        for group, _ in self.stages:
+            group.close()

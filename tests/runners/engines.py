@@ -25,12 +25,12 @@ from pageflight.sched.scheduler import Scheduler
 VOCAB, MAX_LEN = 199, 160
 
 
-def make_checkpoint(folder: Path) -> LlamaForCausalLM:
+def make_checkpoint(folder: Path, num_layers: int = 2) -> LlamaForCausalLM:
     """Saved to `folder` and returned; wide enough logits that no greedy choice is a near-tie."""
     torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=128,
@@ -95,6 +95,7 @@ def load(
     deterministic: bool = False,
     kv_admission: KVAdmission = "forecast",
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
 ) -> tuple[LoadedEngine, SchedulerConfig]:
     scheduler = SchedulerConfig(
         max_num_tokens=max_num_tokens,
@@ -109,7 +110,13 @@ def load(
         prefix_cache=prefix_cache,
         host_memory_bytes=host_memory,
     )
-    config = EngineConfig(kv=kv, scheduler=scheduler, num_threads=2, tensor_parallel=tensor_parallel)
+    config = EngineConfig(
+        kv=kv,
+        scheduler=scheduler,
+        num_threads=2,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+    )
     return load_engine(engine_dir, config), scheduler
 
 

@@ -22,15 +22,15 @@ from pageflight.core.plan import RowStart, StepPlan, StepResult
 from pageflight.core.request import Request, SamplingParams
 from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
-from pageflight.models.sharding import Shard
+from pageflight.models.stages import Place
 from pageflight.runners import factory
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_factory import load_on_gpu
+from pageflight.runners.parallel import ParallelRunner
 from pageflight.runners.plan_frames import PlanDecoder, PlanEncoder
 from pageflight.runners.rank_messages import Computed, RankSpec, digest_of
 from pageflight.runners.rank_processes import RankProcesses
-from pageflight.runners.tensor_parallel import TensorParallelRunner
 from pageflight.sched.scheduler import Scheduler
 
 
@@ -59,7 +59,7 @@ def requests(max_tokens: int) -> list[Request]:
 
 def workers() -> list[psutil.Process]:
     """Ranks that are children of this process."""
-    return [child for child in psutil.Process().children() if "tensor_parallel_worker" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "rank_worker" in " ".join(child.cmdline())]
 
 
 def test_a_cache_that_is_too_small_is_refused_and_nothing_is_left(engine: Path) -> None:
@@ -142,8 +142,8 @@ def test_what_keeps_a_rank_from_working_keeps_its_type_and_is_told_unasked(
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(ConfigError, match="kv_memory=1: too little here"):
         load(engine, tensor_parallel=2)
-    shard, told = Shard(rank=1, size=2), queue.Queue()
-    spec = RankSpec(engine_dir=str(engine), config=EngineConfig(), shard=shard, port=1, num_threads=1, num_instances=1)
+    place, told = Place(rank=1, tensor_parallel=2), queue.Queue()
+    spec = RankSpec(engine_dir=str(engine), config=EngineConfig(), place=place, port=1, num_threads=1, num_instances=1)
     ranks = RankProcesses([spec], told.put)
     assert isinstance(told.get(timeout=60), ConfigError)
     ranks.dismiss(at_once=True)
@@ -157,7 +157,7 @@ class RunnersOfRanks:
         self.group = ThreadGroup(size)
 
         def load(rank: int) -> DeviceRunner:
-            communicator = ThreadCommunicator(self.group, rank)
+            communicator = ThreadCommunicator(self.group, Place(rank=rank, tensor_parallel=size))
             return load_on_gpu(engine, config, torch.device("cpu"), communicator=communicator)[0]
 
         self.runners = self.group.each(load, range(size))
@@ -290,7 +290,7 @@ class ToldRanks:
 
 
 class NoGroup:
-    shard = Shard(rank=0, size=3)
+    place = Place(rank=0, tensor_parallel=3)
 
 
 def result(step: int) -> StepResult:
@@ -305,7 +305,7 @@ def plan(step: int) -> StepPlan:
 def test_results_that_differ_are_a_loss_whenever_they_arrive() -> None:
     """A rank with other tokens in its rows would poison every sum from there on, in silence."""
     ranks = ToldRanks()
-    runner = TensorParallelRunner(OneStep(), ranks, NoGroup())  # type: ignore[arg-type]
+    runner = ParallelRunner(OneStep(), ranks, NoGroup())  # type: ignore[arg-type]
     for step in range(5):
         runner.submit(plan(step))
         if step == 1:

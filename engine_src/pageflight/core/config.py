@@ -93,7 +93,9 @@ class EngineConfig:
     kv: KVConfig = KVConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     tensor_parallel: int = 1
-    """Ranks that compute each step together; it must divide the attention heads."""
+    """Ranks that compute each layer together; it must divide the attention heads."""
+    pipeline_parallel: int = 1
+    """Stages of consecutive layers, each with `tensor_parallel` ranks; at most as many as there are layers."""
     num_threads: int = 0
     """Compute threads of this instance; 0 means all cores that the process may use."""
     seed: int = 0

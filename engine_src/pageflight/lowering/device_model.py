@@ -112,7 +112,7 @@ class KernelModel(DeviceModel):
         """An engine onto a device, or one rank's part of it. `compute`: the type of activations, by default that of the
         engine's dtype."""
         manifest, config, store = engine.manifest, engine.config, engine.weights
-        split = engine.split(communicator.shard) if communicator is not None else None
+        split = engine.split(communicator.place.shard) if communicator is not None else None
         rank_config = config if split is None else split.rank_config
         parts: Weights = store if split is None else ShardStore(store, split)
         compute = compute or COMPUTE[manifest.dtype]

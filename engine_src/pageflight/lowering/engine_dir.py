@@ -11,6 +11,8 @@ from pageflight.core.errors import ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.models.config import DecoderConfig
 from pageflight.models.sharding import Shard, Split
+from pageflight.models.stages import Stage, check_stages, cut_stages
+from pageflight.models.weights import EMBED, FINAL_NORM, HEAD, expected_shapes, layer_of
 from pageflight.quant.sharding import input_unit
 from pageflight.quant.store import WEIGHTS_NAME, WeightStore
 
@@ -30,6 +32,17 @@ class EngineDir:
         """Its model cut for one of several ranks. Raises ConfigError, naming the sizes that work."""
         unit = input_unit(self.manifest.dtype, self.manifest.quant_group_size)
         return Split(config=self.config, shard=shard, input_unit=unit)
+
+    def stages(self, num_stages: int) -> tuple[Stage, ...]:
+        """Its layers cut into stages whose weights are as even as can be. Raises ConfigError for more than layers."""
+        check_stages(self.config, num_stages)
+        ends = [self.weights[name].num_bytes for name in (EMBED, FINAL_NORM, HEAD)]
+        layers = [0] * self.config.num_layers
+        for name in expected_shapes(self.config):
+            layer = layer_of(name)
+            if layer is not None:
+                layers[layer] += self.weights[name].num_bytes
+        return cut_stages(layers, first_bytes=ends[0], last_bytes=ends[1] + ends[2], num_stages=num_stages)
 
 
 def open_engine(folder: Path, lowering: str) -> EngineDir:

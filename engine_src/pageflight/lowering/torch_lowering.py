@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pageflight.lowering.torch_cache import KV_DTYPES, BlockCache
 from pageflight.lowering.torch_ops import EagerOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
+from pageflight.models.stages import Stage, whole
 from pageflight.quant.sharding import ShardStore
 
 _COMPUTE = {
@@ -42,13 +44,15 @@ class TorchModel:
         kv_dtype: str,
         block_size: int,
         parallel: ParallelOps | None = None,
+        stage: Stage | None = None,
     ) -> None:
-        """`parallel`: the same `ops` among those of other ranks."""
+        """`parallel`: the same `ops` among those of other ranks. `stage`: the layers of `config`, if it is not all."""
         self.block_size, self.vocab_size, self.token_tile = block_size, config.vocab_size, 1
         self.replay_rows, self.num_threads = 1, torch.get_num_threads()
         self.kv_bytes_per_block = BlockCache.bytes_per_block(config, kv_dtype, block_size)
         self._config, self._ops, self._kv_dtype = config, ops, kv_dtype
         self._decoder_ops: Ops[Tensor] = parallel or ops
+        self._stage = stage or whole(config)
         self._inputs: StepInputs | None = None
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
@@ -62,12 +66,21 @@ class TorchModel:
     def start(self, inputs: StepInputs) -> None:
         self._inputs = inputs
 
-    @torch.inference_mode()
     def wait(self) -> NDArray[np.float32]:
         assert self._inputs is not None, "start comes first"
-        self._ops.prepare(self._inputs, self.block_size)
-        logits: NDArray[np.float32] = decoder(self._decoder_ops, self._config).float().numpy()
+        logits: NDArray[np.float32] = self.forward(self._inputs).numpy()
         return logits
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor:
+        """Logits [L, V], float32, or what the next stage takes; `x` is what the stage before has made."""
+        self._ops.prepare(inputs, self.block_size)
+        out = decoder(self._decoder_ops, self._config, self._stage, x)
+        return out.float() if self._stage.is_last else out
+
+    def hidden(self, num_tokens: int) -> Tensor:
+        """Room for what a stage passes on: [T, H]."""
+        return torch.empty(num_tokens, self._config.hidden_size, dtype=self._ops.compute)
 
     def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         self._cache.copy(_index(sources), _index(targets))
@@ -146,20 +159,21 @@ class TorchLowering:
         verification.finish()
         return TorchModel(engine.config, ops, manifest.kv_dtype, manifest.block_size)
 
-    def load_shard(self, engine_dir: Path, communicator: Communicator, *, num_threads: int) -> TorchModel:
+    def load_rank(self, engine_dir: Path, communicator: Communicator, *, num_threads: int) -> TorchModel:
         """Load one rank's part of an engine directory. The first rank alone verifies the files that all read.
 
         Raises ManifestMismatch naming what does not fit, ConfigError where it cannot be cut for so many ranks.
         """
-        shard = communicator.shard
+        place = communicator.place
         engine = self.opened(engine_dir)
-        split = engine.split(shard)
-        verification = Verification(engine) if shard.rank == 0 else None
+        split, stage = engine.split(place.shard), engine.stages(place.pipeline_parallel)[place.stage]
+        verification = Verification(engine) if place.rank == 0 else None
         torch.set_num_threads(num_threads)
-        manifest, config = engine.manifest, split.rank_config
-        weights = ShardStore(engine.weights, split)
+        manifest = engine.manifest
+        config = replace(split.rank_config, num_layers=stage.end - stage.begin)
+        weights = engine.weights if place.tensor_parallel == 1 else ShardStore(engine.weights, split)
         ops = EagerOps(config, weights, manifest.max_model_len, _COMPUTE[manifest.dtype])
         if verification is not None:
             verification.finish()
-        parallel = ParallelOps(ops, split, communicator)
-        return TorchModel(config, ops, manifest.kv_dtype, manifest.block_size, parallel)
+        parallel = ParallelOps(ops, split, communicator) if place.tensor_parallel > 1 else None
+        return TorchModel(config, ops, manifest.kv_dtype, manifest.block_size, parallel, stage)

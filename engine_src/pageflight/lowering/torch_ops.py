@@ -25,7 +25,7 @@ class EagerOps:
     """Computes one step at a time: `prepare` it, then run the decoder."""
 
     def __init__(self, config: DecoderConfig, weights: Weights, num_positions: int, compute: torch.dtype) -> None:
-        self._config, self._weights, self._compute = config, weights, compute
+        self._config, self._weights, self.compute = config, weights, compute
         self.cache: BlockCache | None = None
         self._loaded: dict[str, TorchWeight] = {}
         self._tables = tuple(torch.from_numpy(table) for table in rope_tables(config, num_positions))
@@ -57,13 +57,13 @@ class EagerOps:
     def embed(self, ids: Tensor, weight: str) -> Tensor:
         table = self._load(weight)
         assert table.scales is None, "tables are stored unquantised"
-        return functional.embedding(ids, table.values).to(self._compute)
+        return functional.embedding(ids, table.values).to(self.compute)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]
 
     def rope_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cosines, sines = (table[positions][:, None].to(self._compute) for table in self._tables)
+        cosines, sines = (table[positions][:, None].to(self.compute) for table in self._tables)
         return cosines, sines
 
     def rms_norm(self, x: Tensor, weight: str, eps: float) -> Tensor:
@@ -90,7 +90,7 @@ class EagerOps:
         assert self.cache is not None, "allocate comes first"
         heads = (len(k), c.num_kv_heads, c.head_dim)
         self.cache.write(layer, self._write, k.reshape(heads), v.reshape(heads))
-        keys, values = self.cache.read(layer, self._tables_SB, self._compute)  # [S, kv heads, C, D]
+        keys, values = self.cache.read(layer, self._tables_SB, self.compute)  # [S, kv heads, C, D]
         num_sequences, longest = self._visible_SQC.shape[:2]
         queries = q.new_zeros(num_sequences, longest, c.num_heads, c.head_dim)
         queries[self._place] = q.reshape(len(q), c.num_heads, c.head_dim)

@@ -62,6 +62,12 @@ def bias_name(weight: str) -> str:
     return weight + ".bias"
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a weight belongs to; None for those outside of layers."""
+    head, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if head == "layers" else None
+
+
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every weight the definition reads, by name. A tied head is listed under `embed` only."""
     c = config

@@ -51,3 +51,10 @@ class StagingRunner(Protocol):
 
     def stage(self, plan: StepPlan) -> None:
         """`plan` will be submitted after the step in flight is collected: prepare what does not depend on its ids."""
+
+
+@runtime_checkable
+class BusyRunner(Protocol):
+    """A runner that knows for how long it has computed, other than waited for others."""
+
+    busy_s: float

@@ -58,7 +58,7 @@ def load_on_gpu(
         check_launcher()
     model, longest = _model(engine_dir, device, communicator)
     if communicator is not None:
-        config = replace(config, kv=_share(config.kv, communicator.shard.size))
+        config = replace(config, kv=_share(config.kv, communicator.place.tensor_parallel))
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
@@ -121,7 +121,7 @@ def _share(kv: KVConfig, num_ranks: int) -> KVConfig:
 
 def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:
     """An engine's model and the longest sequence it is for. The first of several ranks verifies for all."""
-    if communicator is not None and communicator.shard.rank:
+    if communicator is not None and communicator.place.rank:
         part = TorchLowering().opened(engine_dir)
         return KernelModel.load(part, device, communicator=communicator), part.manifest.max_model_len
     if EngineManifest.read(engine_dir).lowering == "torch":

@@ -53,11 +53,11 @@ def load_engine(
     if num_instances < 1:
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
-    if config.tensor_parallel != 1:
-        from pageflight.runners.tensor_parallel import load_tensor_parallel  # imports torch
+    if (config.tensor_parallel, config.pipeline_parallel) != (1, 1):
+        from pageflight.runners.parallel import load_parallel  # imports torch
 
         num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
-        several, capacity = load_tensor_parallel(
+        several, capacity = load_parallel(
             engine_dir, config, num_threads=num_threads, num_instances=num_instances, on_loss=on_loss
         )
         return LoadedEngine(runner=several, manifest=manifest, capacity=capacity, num_threads=num_threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 from pageflight.core.config import EngineConfig
 from pageflight.core.manifest import EngineManifest
@@ -10,6 +13,13 @@ from pageflight.kv.capacity import Capacity, resolve_capacity
 from pageflight.lowering.base import CompiledModel, Lowering
 from pageflight.lowering.communicator import Communicator
 from pageflight.runners.local import LocalRunner
+
+
+class BlockSizes(Protocol):
+    """What a cache is laid out by."""
+
+    block_size: int
+    kv_bytes_per_block: int
 
 
 def run_on_host(
@@ -23,33 +33,52 @@ def run_on_host(
 ) -> tuple[LocalRunner, Capacity]:
     """A runner of `model` that owns it, and its cache; the model is closed if there can be none.
 
-    With a `communicator` the model is one rank's: the cache's size counts what all ranks of this machine hold, and
-    all have as many blocks as the one that can have the fewest. Raises ConfigError for settings that cannot work.
+    With a `communicator` the model is that of one of several ranks. Raises ConfigError for settings that cannot work.
     """
-    num_ranks = communicator.shard.size if communicator is not None else 1
-    try:
+    with closed_on_error(model):
         if config.scheduler.deterministic:
             model = lowering.deterministic(
                 model, name=manifest.title, max_num_tokens=config.scheduler.max_num_tokens + model.block_size
             )
-        scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
-        capacity = resolve_capacity(
-            replace(config.kv, block_size=model.block_size),
-            scheduler,
-            bytes_per_block=model.kv_bytes_per_block * num_ranks,
-            num_instances=num_instances,
-        )
-        if communicator is not None:
-            capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks), "a rank has no more")
+        capacity = capacity_on_host(model, manifest, config, num_instances, communicator)
         runner = LocalRunner(
             model,
             num_blocks=capacity.kv.num_blocks,
             num_host_blocks=capacity.kv.num_host_blocks,
-            max_num_seqs=scheduler.max_num_seqs,
+            max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=capacity.max_sequence_len,
-            deterministic=scheduler.deterministic,
+            deterministic=config.scheduler.deterministic,
         )
+    return runner, capacity
+
+
+def capacity_on_host(
+    model: BlockSizes,
+    manifest: EngineManifest,
+    config: EngineConfig,
+    num_instances: int,
+    communicator: Communicator | None = None,
+) -> Capacity:
+    """What this machine has for the cache. Its size counts what all ranks hold, and all have as many blocks as the one
+    that can have the fewest."""
+    scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
+    bytes_per_block = model.kv_bytes_per_block
+    capacity = resolve_capacity(
+        replace(config.kv, block_size=model.block_size),
+        scheduler,
+        bytes_per_block=bytes_per_block if communicator is None else communicator.total(bytes_per_block),
+        num_instances=num_instances,
+    )
+    if communicator is not None:
+        capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks), "a rank has no more")
+    return capacity
+
+
+@contextmanager
+def closed_on_error(model: CompiledModel) -> Iterator[None]:
+    """Close `model` where what is made of it fails."""
+    try:
+        yield
     except BaseException:
         model.close()
         raise
-    return runner, capacity

@@ -6,14 +6,14 @@ import statistics
 import time
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.lowering.base import CompiledModel
 from pageflight.runners.base import RunnerLimits
+from pageflight.runners.host_batch import BlockCopies, HostBatch
 from pageflight.runners.inputs import BatchRows
-from pageflight.sampling.sampler import FloatArray, Int32Array, NonFiniteLogits, Sampler
+from pageflight.sampling.sampler import Sampler
 
 COPIES_MEASURED = 16
 COPY_ROUNDS = 6
@@ -52,7 +52,7 @@ class LocalRunner:
         self.limits = RunnerLimits(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
-            host_copy_s=_measure_copies(model, min(num_blocks, num_host_blocks)),
+            host_copy_s=measure_copies(model, min(num_blocks, num_host_blocks)),
             block_size=model.block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -61,37 +61,27 @@ class LocalRunner:
             replay_rows=model.replay_rows,
         )
         self._model = model
-        self._rows = BatchRows(
+        rows = BatchRows(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             block_size=model.block_size,
             splits_output=deterministic,
         )
-        self._sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=model.vocab_size)
+        self._batch = HostBatch(model, rows, Sampler(max_num_seqs=max_num_seqs, vocab_size=model.vocab_size))
         self._in_flight: StepPlan | None = None
 
     def submit(self, plan: StepPlan) -> None:
         """Apply the plan's differences and begin its forward pass; a plan without rows changes state only."""
         assert self._in_flight is None, "collect() comes before the next submit()"
-        for row in plan.ended_rows:
-            self._sampler.end(row)
-        self._rows.apply(plan)
-        for start in plan.starts:
-            self._sampler.start(start)
-        if plan.copy_out_blocks is not None and plan.copy_out_slots is not None:
-            self._model.copy_out(plan.copy_out_blocks, plan.copy_out_slots)
-        if plan.copy_in_slots is not None and plan.copy_in_blocks is not None:
-            self._model.copy_in(plan.copy_in_slots, plan.copy_in_blocks)
-        if plan.copy_sources is not None and plan.copy_targets is not None and plan.copy_sources.size:
-            self._model.copy_blocks(plan.copy_sources, plan.copy_targets)
+        self._batch.apply(plan)
         if plan.rows.size:
-            self._model.start(self._rows.prepare(plan))
+            self._model.start(self._batch.rows.prepare(plan))
         self._in_flight = plan
 
     def stage(self, plan: StepPlan) -> None:
         """Prepare the next plan while one runs, where rows only go on decoding."""
         if not (plan.starts or plan.ended_rows) and plan.copy_sources is None:
-            self._rows.stage(plan)
+            self._batch.rows.stage(plan)
 
     def collect(self) -> StepResult:
         """Wait for the submitted plan, sample, and return the ids; rows whose logits are not finite are `broken`."""
@@ -99,38 +89,13 @@ class LocalRunner:
         assert plan is not None, "submit() comes before collect()"
         if not plan.rows.size:
             return StepResult(plan.step, _NO_IDS)
-        logits_LV = self._model.wait()
-        rows_L = plan.rows[plan.samples]
-        if not rows_L.size:
-            return StepResult(plan.step, _NO_IDS)
-        try:
-            ids_L, log_probs_L = self._sample(logits_LV, rows_L)
-        except NonFiniteLogits as error:
-            return self._sample_around(np.isin(rows_L, error.rows), logits_LV, rows_L, plan.step)
-        return StepResult(plan.step, ids_L, log_probs_L)
-
-    def _sample(self, logits_LV: FloatArray, rows_L: Int32Array) -> tuple[Int32Array, FloatArray | None]:
-        ids_L, log_probs_L = self._sampler.sample(logits_LV, rows_L, self._rows.tokens_RM, self._rows.num_tokens_R)
-        self._rows.append(rows_L, ids_L)
-        return ids_L, log_probs_L
-
-    def _sample_around(
-        self, broken_L: NDArray[np.bool_], logits_LV: FloatArray, rows_L: Int32Array, step: int
-    ) -> StepResult:
-        """The step's result where some rows cannot be sampled: the others must not suffer for it."""
-        ids_L, log_probs_L, sound_L = np.zeros(rows_L.size, np.int32), None, ~broken_L
-        if sound_L.any():
-            ids_L[sound_L], log_probs = self._sample(logits_LV[sound_L], rows_L[sound_L])
-            if log_probs is not None:
-                log_probs_L = np.full(rows_L.size, np.nan, np.float32)
-                log_probs_L[sound_L] = log_probs
-        return StepResult(step, ids_L, log_probs_L, broken_L)
+        return self._batch.sample(plan, self._model.wait())
 
     def close(self) -> None:
         self._model.close()
 
 
-def _measure_copies(model: CompiledModel, num_blocks: int) -> float:
+def measure_copies(model: BlockCopies, num_blocks: int) -> float:
     """Seconds of copying one block to the host or back: of a few at once, as a swap copies them."""
     if not num_blocks:
         return 0.0

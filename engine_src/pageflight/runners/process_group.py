@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from datetime import timedelta
 
 import torch
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from pageflight.models.sharding import Shard
+from pageflight.models.stages import Place
 
 HOST = "127.0.0.1"
 TIMEOUT = timedelta(seconds=1800)
 """Of starting, where one rank may read its weights long after another. A step that hangs is its supervisor's affair."""
+MAX_SENT = 256
+"""Tensors that were sent and may not have been read yet: more than two steps have."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -37,37 +40,83 @@ def reach_store(port: int) -> TCPStore:
 
 
 class GroupCommunicator:
-    """This process as one rank of the process group, of which it has one."""
+    """This process as one rank of the process group, of which it has one, and as one of the ranks of its stage."""
 
-    def __init__(self, shard: Shard, store: Store, device: torch.device) -> None:
+    def __init__(self, place: Place, store: Store, device: torch.device) -> None:
         """Meet the other ranks; waits for them."""
-        self.shard, self._device = shard, device
+        self.place, self._device = place, device
         for name in _INTERFACES:
             os.environ.setdefault(name, "lo")
         is_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",
             store=store,
-            rank=shard.rank,
-            world_size=shard.size,
+            rank=place.rank,
+            world_size=place.num_ranks,
             timeout=TIMEOUT,
             device_id=device if is_gpu else None,
         )
+        self._stage = self._passing = self._announcing = dist.group.WORLD
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # tensors that somebody may still read
+        if place.pipeline_parallel > 1:
+            # Every rank makes all groups. What goes to the next stage and what comes from the last one must not wait
+            # for each other.
+            size = place.tensor_parallel
+            for stage in range(place.pipeline_parallel):
+                group = dist.new_group(list(range(stage * size, (stage + 1) * size)))
+                if stage == place.stage:
+                    self._stage = group
+            self._passing, self._announcing = dist.new_group(), dist.new_group()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.numel():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._stage)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        gathered = x.new_empty((self.shard.size, *x.shape))
+        gathered = x.new_empty((self.place.tensor_parallel, *x.shape))
         if x.numel():
-            dist.all_gather(list(gathered.unbind(0)), x)
+            dist.all_gather(list(gathered.unbind(0)), x, group=self._stage)
         return gathered
 
     def least(self, number: int) -> int:
         """The smallest of every rank's `number`."""
-        return int(self.all_gather(torch.tensor([number], device=self._device)).min())
+        return self._agreed(number, dist.ReduceOp.MIN)
+
+    def total(self, number: int) -> int:
+        """The sum of every rank's `number`."""
+        return self._agreed(number, dist.ReduceOp.SUM)
+
+    def _agreed(self, number: int, how: dist.ReduceOp.RedOpType) -> int:
+        numbers = torch.tensor([number], device=self._device)
+        dist.all_reduce(numbers, how)
+        return int(numbers)
+
+    def pass_on(self, x: Tensor) -> None:
+        self._send(x, self.place.rank + self.place.tensor_parallel, self._passing)
+
+    def take_over(self, x: Tensor) -> Tensor:
+        dist.recv(x, self.place.rank - self.place.tensor_parallel, group=self._passing)
+        return x
+
+    def announce(self, results: Tensor) -> None:
+        for rank in range(self.place.rank % self.place.tensor_parallel, self.place.rank, self.place.tensor_parallel):
+            self._send(results, rank, self._announcing)
+
+    def hear(self, results: Tensor) -> Tensor:
+        last = self.place.num_ranks - self.place.tensor_parallel + self.place.shard.rank
+        dist.recv(results, last, group=self._announcing)
+        return results
+
+    def _send(self, x: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
+        """Without waiting for who receives; a few steps' tensors are kept for those that are behind."""
+        work = dist.isend(x, rank, group=group)
+        assert work is not None, "both are of the group"
+        self._sent.append((work, x))
+        while self._sent[0][0].is_completed() or len(self._sent) > MAX_SENT:
+            self._sent.popleft()[0].wait()
+            if not self._sent:
+                break
 
     def close(self, *, is_whole: bool = True) -> None:
         """Leave the group, at about the time at which all do. Where one is gone NCCL would wait for it: its part ends

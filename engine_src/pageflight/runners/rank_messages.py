@@ -8,7 +8,7 @@ import msgspec
 
 from pageflight.core.config import EngineConfig
 from pageflight.core.plan import StepResult
-from pageflight.models.sharding import Shard
+from pageflight.models.stages import Place
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,7 +16,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     engine_dir: str
     config: EngineConfig
-    shard: Shard
+    place: Place
     port: int
     num_threads: int
     num_instances: int
@@ -27,8 +27,11 @@ class Present(msgspec.Struct, tag=1, array_like=True, frozen=True):
 
 
 class Computed(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    """What came of a step, and for how many seconds the rank has computed so far, where it knows."""
+
     step: int
     digest: int
+    busy_s: float = 0.0
 
 
 class Failed(msgspec.Struct, tag=3, array_like=True, frozen=True):

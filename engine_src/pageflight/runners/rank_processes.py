@@ -44,7 +44,7 @@ class RankProcesses:
         self._ranks: list[tuple[int, subprocess.Popen[bytes], Connection]] = []
         try:
             for spec in specs:
-                self._start(spec.shard.rank)
+                self._start(spec.place.rank)
             for spec, (_, _, line) in zip(specs, self._ranks, strict=True):
                 with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: `wait_present` says why
                     line.send_bytes(encode(spec))
@@ -56,7 +56,7 @@ class RankProcesses:
     def _start(self, rank: int) -> None:
         ours, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "pageflight.runners.tensor_parallel_worker"]
+            command = [sys.executable, "-m", "pageflight.runners.rank_worker"]
             command += [f"--line-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment)

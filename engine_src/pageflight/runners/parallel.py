@@ -1,13 +1,15 @@
 """One model on several ranks: this process is the first, the others are processes that it starts and watches.
 
-All ranks get the same plans, one message per step, and compute them with their parts of the weights. Logits are
-gathered, so all sample the same ids from the same bits, and none has to be told.
+All ranks get the same plans, one message per step, and compute them with their parts of the weights. Within a stage
+logits are gathered, so all ranks of the last one sample the same ids from the same bits; other stages are told.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +21,19 @@ from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
+from pageflight.models.stages import Place, check_engine
 from pageflight.runners.base import Runner, StagingRunner
 from pageflight.runners.host import run_on_host
 from pageflight.runners.plan_frames import PlanEncoder
 from pageflight.runners.process_group import GroupCommunicator, open_store, reach_store
 from pageflight.runners.rank_messages import RankSpec, digest_of
 from pageflight.runners.rank_processes import GRACE_S, OnLoss, RankProcesses
+from pageflight.runners.stage_factory import run_stage
+
+log = logging.getLogger(__name__)
 
 
-class TensorParallelRunner:
+class ParallelRunner:
     """Runs plans on the first rank's `runner` while the other ranks run them too. Raises RankLost when one is gone, or
     has sampled other ids."""
 
@@ -68,7 +74,7 @@ class TensorParallelRunner:
         self._ranks.close()
 
     def _compare(self, result: StepResult) -> None:
-        self._digests[result.step] = digest_of(result), self._communicator.shard.size - 1
+        self._digests[result.step] = digest_of(result), self._communicator.place.num_ranks - 1
         self._early += [(rank, computed.step, computed.digest) for rank, computed in self._ranks.computed()]
         arrived, self._early = self._early, []
         for rank, step, theirs in arrived:
@@ -83,38 +89,42 @@ class TensorParallelRunner:
                 self._digests[step] = ours, num_missing - 1
 
 
-def load_tensor_parallel(
+def load_parallel(
     engine_dir: Path,
     config: EngineConfig,
     *,
     num_threads: int,
     num_instances: int,
     on_loss: OnLoss | None = None,
-) -> tuple[TensorParallelRunner, Capacity]:
-    """Load an engine onto `config.tensor_parallel` ranks, each with its part of the weights and of the K/V heads.
+) -> tuple[ParallelRunner, Capacity]:
+    """Load an engine onto `config.pipeline_parallel` stages of `config.tensor_parallel` ranks, each with its part of
+    the weights, of the layers and of the K/V heads.
 
     `num_threads` are shared by the ranks. `on_loss`: see `RankProcesses`. Raises ConfigError for sizes that do not
     work, ManifestMismatch for an engine that does not fit, RankLost when a rank dies meanwhile.
     """
-    size, manifest = config.tensor_parallel, EngineManifest.read(engine_dir)
-    if manifest.lowering != "torch":
-        raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {manifest.lowering}")
-    first = Shard(rank=0, size=size)
-    TorchLowering().opened(engine_dir).split(first)  # refuses what does not work before a process is started
+    tensor_parallel, pipeline_parallel = config.tensor_parallel, config.pipeline_parallel
+    check_engine(EngineManifest.read(engine_dir).lowering, tensor_parallel, pipeline_parallel)
+    engine = TorchLowering().opened(engine_dir)
+    engine.split(Shard(rank=0, size=tensor_parallel))  # refuses what does not work before a process is started
+    stages = engine.stages(pipeline_parallel)
+    if len(stages) > 1:
+        log.info("layers of the stages: %s", ", ".join(f"{stage.begin}-{stage.end - 1}" for stage in stages))
+    first = Place(rank=0, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     device = _device(first)
     store, port = open_store()
 
-    def spec(shard: Shard) -> RankSpec:
+    def spec(place: Place) -> RankSpec:
         return RankSpec(
             engine_dir=str(engine_dir),
             config=config,
-            shard=shard,
+            place=place,
             port=port,
-            num_threads=max(1, num_threads // size),
+            num_threads=max(1, num_threads // first.num_ranks),
             num_instances=num_instances,
         )
 
-    ranks = RankProcesses([spec(Shard(rank=rank, size=size)) for rank in range(1, size)], on_loss)
+    ranks = RankProcesses([spec(replace(first, rank=rank)) for rank in range(1, first.num_ranks)], on_loss)
     with ExitStack() as failed:
         failed.callback(ranks.close)
         failed.callback(ranks.dismiss, at_once=True)
@@ -124,7 +134,7 @@ def load_tensor_parallel(
             failed.callback(communicator.close, is_whole=False)
             runner, capacity = _load(spec(first), communicator)
         failed.pop_all()
-    return TensorParallelRunner(runner, ranks, communicator), capacity
+    return ParallelRunner(runner, ranks, communicator), capacity
 
 
 @contextmanager
@@ -141,35 +151,34 @@ def _explained(ranks: RankProcesses) -> Iterator[None]:
 
 def join(spec: RankSpec) -> tuple[Runner, GroupCommunicator]:
     """In the process of another rank: meet the others and load this rank's part."""
-    communicator = GroupCommunicator(spec.shard, reach_store(spec.port), _device(spec.shard))
+    communicator = GroupCommunicator(spec.place, reach_store(spec.port), _device(spec.place))
     return _load(spec, communicator)[0], communicator
 
 
 def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:
-    engine_dir, lowering, device = Path(spec.engine_dir), TorchLowering(), _device(spec.shard)
+    engine_dir, lowering, device = Path(spec.engine_dir), TorchLowering(), _device(spec.place)
     if device.type == "cuda":
         from pageflight.runners.device_factory import load_on_gpu  # brings triton
 
         return load_on_gpu(engine_dir, spec.config, device, num_instances=spec.num_instances, communicator=communicator)
-    model = lowering.load_shard(engine_dir, communicator, num_threads=spec.num_threads)
-    return run_on_host(
-        lowering,
-        model,
-        EngineManifest.read(engine_dir),
-        spec.config,
-        num_instances=spec.num_instances,
-        communicator=communicator,
-    )
+    model = lowering.load_rank(engine_dir, communicator, num_threads=spec.num_threads)
+    manifest, num_instances = EngineManifest.read(engine_dir), spec.num_instances
+    if spec.place.pipeline_parallel > 1:
+        return run_stage(model, manifest, spec.config, communicator, num_instances=num_instances)
+    return run_on_host(lowering, model, manifest, spec.config, num_instances=num_instances, communicator=communicator)
 
 
-def _device(shard: Shard) -> torch.device:
+def _device(place: Place) -> torch.device:
     """Where a rank computes: on the GPU of its number, of those that this process sees, or on the processor where there
     is none. Raises ConfigError for fewer GPUs than ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() < shard.size:
+    if place.pipeline_parallel > 1:
+        raise ConfigError(f"pipeline_parallel={place.pipeline_parallel}: on processors only, not on GPUs yet")
+    if torch.cuda.device_count() < place.num_ranks:
         raise ConfigError(
-            f"tensor_parallel={shard.size}: each rank needs a GPU of its own, {torch.cuda.device_count()} are here"
+            f"tensor_parallel={place.tensor_parallel}: each rank needs a GPU of its own,"
+            f" {torch.cuda.device_count()} are here"
         )
-    torch.cuda.set_device(shard.rank)
-    return torch.device("cuda", shard.rank)
+    torch.cuda.set_device(place.rank)
+    return torch.device("cuda", place.rank)

@@ -1,7 +1,7 @@
-"""A rank's process: `python -m pageflight.runners.tensor_parallel_worker --line-fd N --parent-pid P`.
+"""A rank's process: `python -m pageflight.runners.rank_worker --line-fd N --parent-pid P`.
 
 The first message says what to load, each further one is a plan, and the line's end is the end. It computes what the
-first rank computes, sums with it, samples the same ids, and says of each step what they were: a digest.
+first rank computes, or another stage, and says of each step what ids came of it: a digest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from pageflight.core.parent import die_with
-from pageflight.runners.base import Runner
+from pageflight.runners.base import BusyRunner, Runner
 from pageflight.runners.plan_frames import PlanDecoder
 from pageflight.runners.rank_messages import Computed, Failed, Present, decode_spec, digest_of, encode
 
@@ -29,13 +29,14 @@ def serve(runner: Runner, line: Connection) -> None:
         while num_in_flight == runner.limits.max_in_flight or (num_in_flight and not line.poll()):
             result = runner.collect()
             num_in_flight -= 1
-            line.send_bytes(encode(Computed(result.step, digest_of(result))))
+            busy_s = runner.busy_s if isinstance(runner, BusyRunner) else 0.0
+            line.send_bytes(encode(Computed(result.step, digest_of(result), busy_s)))
         runner.submit(plans.plan(line.recv_bytes()))
         num_in_flight += 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="pageflight.runners.tensor_parallel_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pageflight.runners.rank_worker", description=__doc__)
     parser.add_argument("--line-fd", type=int, required=True, help="socket to the first rank")
     parser.add_argument("--parent-pid", type=int, required=True, help="process to die with")
     arguments = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> int:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the first rank closes
         try:
             spec = decode_spec(line.recv_bytes())
-            from pageflight.runners.tensor_parallel import join  # brings torch and the lowering
+            from pageflight.runners.parallel import join  # brings torch and the lowering
 
             line.send_bytes(encode(Present()))
             runner, communicator = join(spec)
