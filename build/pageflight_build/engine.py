@@ -13,6 +13,7 @@ from pageflight.lowering.base import Lowering
 from pageflight.models.checkpoint import Checkpoint, open_checkpoint
 from pageflight.models.config import DecoderConfig
 from pageflight.models.sharding import check_size
+from pageflight.models.stages import check_engine, check_stages
 from pageflight.quant.forms import check_group_size, default_group_size
 from pageflight.quant.sharding import input_unit
 from pageflight_build.checkpoint_files import TextFacts, read_text_facts
@@ -62,11 +63,13 @@ def resolve_engine_options(options: EngineOptions, config: DecoderConfig, loweri
     )
 
 
-def check_ranks(size: int, config: DecoderConfig, *, engine: str, dtype: str, group_size: int) -> None:
+def check_ranks(
+    tensor_parallel: int, pipeline_parallel: int, config: DecoderConfig, *, engine: str, dtype: str, group_size: int
+) -> None:
     """Raises ConfigError, naming what works, where an engine cannot run on so many ranks."""
-    if size > 1 and engine != "torch":
-        raise ConfigError(f"tensor_parallel={size}: only engine torch runs on several ranks, not {engine}")
-    check_size(config, size, input_unit(dtype, group_size))
+    check_engine(engine, tensor_parallel, pipeline_parallel)
+    check_size(config, tensor_parallel, input_unit(dtype, group_size))
+    check_stages(config, pipeline_parallel)
 
 
 def make_manifest(name: str, source: Source, options: EngineOptions, lowering: Lowering) -> EngineManifest:

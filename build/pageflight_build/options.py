@@ -86,9 +86,10 @@ class ServingOptions:
     """What ends in `config.pbtxt`: another value here rewrites the configuration and keeps the engine.
 
     `kv_memory` is in bytes, 0 means computed from free memory; `host_kv_memory` too, 0 is no second level of the cache.
-    `threads` 0 means all cores shared by the instances. `tensor_parallel` is the ranks of an instance. `tenants` is the
-    absolute path of a tenants file, empty for none. `response_rate` is what an instance sends per second before it
-    joins tokens of a stream, 0 follows the cores. How requests are served: see `SchedulerConfig`.
+    `threads` 0 means all cores shared by the instances. `tensor_parallel` is the ranks of each of an instance's
+    `pipeline_parallel` stages. `tenants` is the absolute path of a tenants file, empty for none. `response_rate` is
+    what an instance sends per second before it joins tokens of a stream, 0 follows the cores. How requests are served:
+    see `SchedulerConfig`.
     """
 
     kv_memory: int = 0
@@ -107,6 +108,7 @@ class ServingOptions:
     hang_limit_s: int = 60
     instances: int = 1
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     threads: int = 0
     engine_name: str = "engine"
     exclude_input_in_output: bool = True
@@ -117,7 +119,7 @@ class ServingOptions:
 
     def __post_init__(self) -> None:
         counts = ("max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "instances", "default_max_tokens")
-        for name in (*counts, "tensor_parallel"):
+        for name in (*counts, "tensor_parallel", "pipeline_parallel"):
             _at_least(name, getattr(self, name), 1)
         for name in (*_BYTES, "threads", "response_rate"):
             _at_least(name, getattr(self, name), 0)

@@ -135,6 +135,7 @@ class _Engine:
         assert options.dtype is not None
         check_ranks(
             self._build.serving.tensor_parallel,
+            self._build.serving.pipeline_parallel,
             config,
             engine=options.engine,
             dtype=options.dtype,
@@ -210,6 +211,7 @@ def _check_kept(manifest: EngineManifest, serving: ServingOptions) -> None:
     config = DecoderConfig.from_json(manifest.model)
     check_ranks(
         serving.tensor_parallel,
+        serving.pipeline_parallel,
         config,
         engine=manifest.lowering,
         dtype=manifest.dtype,

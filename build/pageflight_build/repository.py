@@ -136,6 +136,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             hang_limit_s=model.serving.hang_limit_s,
             num_threads=model.serving.threads,
             tensor_parallel=model.serving.tensor_parallel,
+            pipeline_parallel=model.serving.pipeline_parallel,
             prefix_cache=model.serving.prefix_cache,
             deterministic=model.serving.deterministic,
             exclude_input_in_output=model.serving.exclude_input_in_output,

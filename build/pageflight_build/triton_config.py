@@ -60,6 +60,7 @@ class Deployment:
     hang_limit_s: int = 60
     num_threads: int = 0
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     prefix_cache: bool = True
     deterministic: bool = False
     exclude_input_in_output: bool = True
@@ -126,6 +127,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "hang_limit_s": str(deployment.hang_limit_s),
         "num_threads": str(deployment.num_threads),
         "tensor_parallel": str(deployment.tensor_parallel),
+        "pipeline_parallel": str(deployment.pipeline_parallel),
         "prefix_cache": _flag(deployment.prefix_cache),
         "deterministic": _flag(deployment.deterministic),
     }

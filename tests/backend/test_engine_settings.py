@@ -36,6 +36,7 @@ SERVING = ServingOptions(
     target_inter_token_ms=42.5,
     threads=3,
     tensor_parallel=4,
+    pipeline_parallel=3,
     prefix_cache=False,
 )
 
@@ -79,7 +80,7 @@ def test_every_setting_of_the_scheduler_reaches_the_core(repository: Path) -> No
         assert same == (item.name in resolved_later), item.name
     assert spec.tenants_file == "/somewhere/tenants.json"
     assert spec.config.kv.memory_bytes == 3 << 20 and not spec.config.kv.prefix_cache and spec.config.num_threads == 3
-    assert spec.config.tensor_parallel == 4
+    assert spec.config.tensor_parallel == 4 and spec.config.pipeline_parallel == 3
 
 
 def test_a_tenants_file_named_by_hand_is_looked_for_in_the_repository(repository: Path) -> None:

@@ -170,20 +170,25 @@ def test_ranks_that_do_not_work_are_refused_with_those_that_do(checkpoint: Path,
     """The server found out at its start, hours of conversion later; or at a build that only changed settings."""
     engine, repository = EngineOptions(engine="torch", dtype="int8", group_size=32), tmp_path / "repo"
 
-    def attempt(size: int, **changes: object) -> None:
-        serving = ServingOptions(tensor_parallel=size)
+    def attempt(size: int, stages: int = 1, **changes: object) -> None:
+        serving = ServingOptions(tensor_parallel=size, pipeline_parallel=stages)
         build(options(checkpoint, repository, **{"engine": engine, "serving": serving, **changes}))
 
     with pytest.raises(ConfigError, match=r"tensor_parallel=3: must divide num_heads=4; sizes that work are 1, 2, 4$"):
         attempt(3)
+    with pytest.raises(ConfigError, match=r"pipeline_parallel=9: each stage needs a layer, num_layers=\d are here"):
+        attempt(1, 9)
     assert not repository.exists()
-    attempt(2)
+    attempt(2, 2)
     config = (repository / "engine" / "config.pbtxt").read_text()
-    assert re.search(r'key: "tensor_parallel"\s+value {\s+string_value: "2"', config)
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        assert re.search(rf'key: "{name}"\s+value {{\s+string_value: "2"', config)
     with pytest.raises(ConfigError, match="tensor_parallel=5"):  # the engine is there already
         attempt(5)
     with pytest.raises(ConfigError, match="tensor_parallel=2: only engine torch runs on several ranks, not openvino"):
         attempt(2, engine=EngineOptions(dtype="fp32"))
+    with pytest.raises(ConfigError, match="pipeline_parallel=2: only engine torch runs on several ranks, not openvino"):
+        attempt(1, 2, engine=EngineOptions(dtype="fp32"))
 
 
 def test_a_deterministic_build_is_verified_once(checkpoint: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "instances": 2,
         "threads": 3,
         "tensor_parallel": 4,
+        "pipeline_parallel": 3,
         "prefix_cache": False,
         "deterministic": True,
         "default_max_tokens": 8,
@@ -185,6 +186,7 @@ def test_what_is_no_compute_capability_is_refused(text: str) -> None:
         "hang_limit_s",
         "instances",
         "tensor_parallel",
+        "pipeline_parallel",
         "default_max_tokens",
     ],
 )

@@ -142,6 +142,7 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
             scheduler=_scheduler(settings, manifest.max_model_len),
             num_threads=settings.number("num_threads", 0),
             tensor_parallel=settings.number("tensor_parallel", 1),
+            pipeline_parallel=settings.number("pipeline_parallel", 1),
         ),
         engine_dir="" if fake_engine is not None else str(settings.engine_dir),
         num_instances=settings.num_instances,

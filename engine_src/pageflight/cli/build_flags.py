@@ -173,11 +173,19 @@ class BuildFlags:
     tensor_parallel: Annotated[
         int,
         typer.Option(
-            help="Processes, or GPUs, that compute each step of an instance together; must divide the attention heads"
+            help="Processes, or GPUs, that compute each layer of an instance together; must divide the attention heads"
             " (see docs/parallel.md).",
             rich_help_panel=_SERVING,
         ),
     ] = _SERVING_DEFAULTS.tensor_parallel
+    pipeline_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Stages of consecutive layers of an instance, each with tensor-parallel processes; at most as many as"
+            " there are layers (see docs/parallel.md).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.pipeline_parallel
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
@@ -257,6 +265,7 @@ class BuildFlags:
                 instances=self.instances,
                 threads=self.threads,
                 tensor_parallel=self.tensor_parallel,
+                pipeline_parallel=self.pipeline_parallel,
                 engine_name=self.engine_name,
                 exclude_input_in_output=self.exclude_input_in_output,
                 default_max_tokens=self.default_max_tokens,

@@ -73,6 +73,7 @@ def local_engine(repository: Path, name: str | None = None, watch: Watch | None 
         scheduler=serving.scheduler(max_model_len=manifest.max_model_len),
         num_threads=serving.threads,
         tensor_parallel=serving.tensor_parallel,
+        pipeline_parallel=serving.pipeline_parallel,
     )
     builder = GenerationBuilder(
         manifest,
