@@ -25,6 +25,7 @@ class CoreStats:
     cpu_memory_bytes: int = 0  # weights and cache
     gpu_memory_bytes: int = 0
     pinned_memory_bytes: int = 0
+    pipeline_idle_share: float = 0.0  # of the time in which steps were under way, what stages did not compute
     # counters
     steps: int = 0
     prompt_tokens: int = 0

@@ -42,7 +42,7 @@ from pageflight.loop.step_trace import StepTrace
 from pageflight.loop.tenants_file import TenantsFile
 from pageflight.loop.watch import Watch
 from pageflight.loop.watched_scheduler import WatchedScheduler, shown
-from pageflight.runners.base import Runner, RunnerLimits, SparingRunner
+from pageflight.runners.base import Runner, RunnerLimits, SharedRunner, SparingRunner
 from pageflight.runners.faulty import Fault
 from pageflight.sched.scheduler import Scheduler
 
@@ -238,7 +238,9 @@ def _serve(
 
     def report(stats: CoreStats) -> None:
         num_shortages = runner.num_shortages if isinstance(runner, SparingRunner) else 0
-        mailbox.publish_stats(replace(stats, cpu_memory_bytes=_resident_bytes(), memory_shortages=num_shortages))
+        idle_share = runner.idle_share if isinstance(runner, SharedRunner) else 0.0
+        stats = replace(stats, cpu_memory_bytes=_resident_bytes(), pipeline_idle_share=idle_share)
+        mailbox.publish_stats(replace(stats, memory_shortages=num_shortages))
 
     trace = StepTrace(trace_fd, mailbox.epoch, limits.max_num_seqs * limits.max_in_flight)
     loop = EngineLoop(scheduler=scheduler, runner=runner, mailbox=mailbox, trace=trace, report=report)

@@ -36,6 +36,7 @@ class CoreMetrics:
     _PLAIN_GAUGES = (
         ("num_waiting_tokens", "pageflight_queue_tokens", "Prompt tokens of sequences that wait"),
         ("queue_wait_s", "pageflight_queue_wait_seconds", "Estimated time until what waits now has been started"),
+        ("pipeline_idle_share", "pageflight_pipeline_idle_share", "Share of a step's time that stages wait"),
     )
     _COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         ("prompt_tokens", "prompt_tokens", "Prompt tokens computed or found in the cache", {}),

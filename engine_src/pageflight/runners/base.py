@@ -54,6 +54,15 @@ class StagingRunner(Protocol):
 
 
 @runtime_checkable
+class SharedRunner(Protocol):
+    """A runner of several ranks, which wait for each other."""
+
+    @property
+    def idle_share(self) -> float:
+        """Of the time in which steps were under way of late, what ranks did not compute; 0 where nobody knows."""
+
+
+@runtime_checkable
 class BusyRunner(Protocol):
     """A runner that knows for how long it has computed, other than waited for others."""
 

@@ -47,12 +47,18 @@ def micro_batches(plan: StepPlan, count: int, block_size: int) -> list[MicroBatc
     for row, begin in _starts(plan, np.flatnonzero(plan.lengths > 1)):
         end = begin + int(plan.lengths[row])
         while begin < end:
-            while room <= 0 and at < count - 1:
+            if room <= 0 and at < count - 1:
                 at += 1
-                room = goal - len(parts[at])
-            until = end if at == count - 1 else min(end, -(-(begin + max(room, 1)) // block_size) * block_size)
+                room += goal - len(parts[at])
+                continue
+            border = max(begin // block_size + 1, round((begin + room) / block_size)) * block_size
+            until = end if at == count - 1 else min(end, border)
             parts[at].append(_Piece(row, begin, until))
-            begin, room = until, room - (until - begin)
+            room -= until - begin
+            if until < end:  # the next piece is another part's, which makes up for the rounding
+                at += 1
+                room += goal - len(parts[at])
+            begin = until
     return [_made(plan, pieces) for pieces in parts if pieces]
 
 

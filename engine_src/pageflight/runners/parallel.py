@@ -7,6 +7,7 @@ logits are gathered, so all ranks of the last one sample the same ids from the s
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,8 +23,9 @@ from pageflight.kv.capacity import Capacity
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
 from pageflight.models.stages import Place, check_engine
-from pageflight.runners.base import Runner, StagingRunner
+from pageflight.runners.base import BusyRunner, Runner, StagingRunner
 from pageflight.runners.host import run_on_host
+from pageflight.runners.occupancy import Occupancy
 from pageflight.runners.plan_frames import PlanEncoder
 from pageflight.runners.process_group import GroupCommunicator, open_store, reach_store
 from pageflight.runners.rank_messages import RankSpec, digest_of
@@ -45,9 +47,16 @@ class ParallelRunner:
         self._digests: dict[int, tuple[int, int]] = {}  # by step: of the first rank's result, and ranks yet to come
         self._early: list[tuple[int, int, int]] = []  # rank, step and digest of results that the first does not have
         self._is_whole = True
+        self._occupancy = Occupancy(communicator.place.num_ranks)
+
+    @property
+    def idle_share(self) -> float:
+        """Of the time in which steps were under way of late, what ranks did not compute."""
+        return self._occupancy.idle_share
 
     def submit(self, plan: StepPlan) -> None:
         """Tell all ranks, and begin the forward pass here."""
+        self._occupancy.begin(time.monotonic())
         self._num_in_flight += 1  # and it stays so where this fails: ranks may be waiting for a sum
         self._ranks.send(self._plans.message(plan))
         with _explained(self._ranks):
@@ -64,6 +73,10 @@ class ParallelRunner:
             result = self._runner.collect()
         self._num_in_flight -= 1
         self._compare(result)
+        if isinstance(self._runner, BusyRunner):
+            self._occupancy.computed(0, self._runner.busy_s)
+            if self._occupancy.end(time.monotonic(), is_last=not self._num_in_flight):
+                log.debug("ranks waited for %.0f %% of the time", 100 * self.idle_share)
         return result
 
     def close(self) -> None:
@@ -75,7 +88,9 @@ class ParallelRunner:
 
     def _compare(self, result: StepResult) -> None:
         self._digests[result.step] = digest_of(result), self._communicator.place.num_ranks - 1
-        self._early += [(rank, computed.step, computed.digest) for rank, computed in self._ranks.computed()]
+        for rank, computed in self._ranks.computed():
+            self._early.append((rank, computed.step, computed.digest))
+            self._occupancy.computed(rank, computed.busy_s)
         arrived, self._early = self._early, []
         for rank, step, theirs in arrived:
             if step not in self._digests:

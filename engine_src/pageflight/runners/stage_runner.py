@@ -219,7 +219,11 @@ class StageRunner:
                     self._sent.append(_Sent(self._number, flight, batch))
                     self._changed.notify_all()
                 continue
-            results = _packed(self._batch.sample(batch.plan, out.numpy()))
+            result = self._batch.sample(batch.plan, out.numpy())
+            if result.broken is not None:  # the next step may be under way with them: any token will do
+                broken_rows = batch.plan.rows[batch.plan.samples][result.broken]
+                self._batch.rows.append(broken_rows, np.zeros(broken_rows.size, np.int32))
+            results = _packed(result)
             self.busy_s += time.perf_counter() - begin_s
             self._line.announce(torch.from_numpy(results))
             with self._changed:
@@ -247,10 +251,9 @@ class StageRunner:
             heard, self._heard = self._heard, deque()
         for sent, results in heard:
             rows_L = sent.batch.plan.rows[sent.batch.plan.samples]
-            ids_L, _, broken_L = results[:, : rows_L.size]
-            # Not where somebody else has begun in the row since, or where there was nothing to sample from.
-            is_wanted = (self._sampled_in[rows_L] == sent.number) & (broken_L == 0)
-            self._batch.rows.append(rows_L[is_wanted], ids_L[is_wanted])
+            ids_L = results[0, : rows_L.size]
+            is_ours = self._sampled_in[rows_L] == sent.number  # nobody else has begun in the row since
+            self._batch.rows.append(rows_L[is_ours], ids_L[is_ours])
 
     def _listen(self) -> None:
         while True:
