@@ -23,20 +23,23 @@ NUM_STREAMS, NUM_TOKENS = 4, 60
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> CoreSpec:
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CoreSpec:
+    """Two ranks of every layer, or two stages of layers."""
+    tensor_parallel, pipeline_parallel = {"ranks": (2, 1), "stages": (1, 2)}[request.param]
     folder = tmp_path_factory.mktemp("ranks")
     make_checkpoint(folder / "checkpoint")
     engine = make_engine(folder / "checkpoint", folder / "engine", "torch")
     config = EngineConfig(
         kv=KVConfig(num_blocks=64),
         scheduler=SchedulerConfig(max_num_tokens=64, max_num_seqs=8, max_model_len=160),
-        tensor_parallel=2,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
     return CoreSpec(config=config, engine_dir=str(engine))
 
 
 @pytest.fixture(scope="module")
-def recorder() -> Recorder:
+def recorder(spec: CoreSpec) -> Recorder:
     return Recorder()
 
 
@@ -77,12 +80,22 @@ def undisturbed(front: Front) -> list[tuple[int, ...]]:
     return answers
 
 
-@pytest.mark.parametrize("blow", ["killed rank", "stopped rank", "killed core"])
+@pytest.mark.parametrize(
+    ("spec", "blow"),
+    [
+        ("ranks", "killed rank"),
+        ("ranks", "stopped rank"),
+        ("ranks", "killed core"),
+        ("stages", "killed rank"),
+        ("stages", "stopped rank"),
+    ],
+    indirect=["spec"],
+)
 def test_whatever_befalls_a_rank_is_a_pause_and_nothing_else(
     front: Front, recorder: Recorder, undisturbed: list[tuple[int, ...]], blow: str
 ) -> None:
-    """The first rank waited for ever for the sum of one that was gone, or streams went on with half a model; and ranks
-    of a dead core kept its memory."""
+    """The first rank waited for ever for the sum of one that was gone, or for ids of a stage that was, or streams went
+    on with half a model; and ranks of a dead core kept its memory."""
     num_restarts = len(recorder.restarts)
     core, rank = status(front).core_pid, rank_pid(front)
     sinks = streams(front)
@@ -100,6 +113,7 @@ def test_whatever_befalls_a_rank_is_a_pause_and_nothing_else(
     assert deaths[-1].of_itself == (blow == "stopped rank"), "who kills a rank need not be a stream"
 
 
+@pytest.mark.parametrize("spec", ["ranks"], indirect=True)
 def test_a_rank_that_dies_while_nothing_runs_is_noticed(front: Front, undisturbed: list[tuple[int, ...]]) -> None:
     """The next client paid for it: its first step failed, minutes later."""
     core = status(front).core_pid
