@@ -1,6 +1,6 @@
 """How a model is divided among cards: by heads and features inside a machine, by layers across machines.
 
-The tensor-parallel split is the one that the engine makes (`pageflight.models.sharding`).
+Both splits are those that the engine makes (`pageflight.models.sharding`, `pageflight.models.stages`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,6 @@ class Layout:
     @property
     def num_cards(self) -> int:
         return self.tensor_parallel * self.pipeline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Neighbouring layers; the first stage has the embedding, the last one the final norm and the head."""
-
-    num_layers: int
-    is_first: bool
-    is_last: bool
-
-
-def stages_of(num_layers: int, pipeline: int) -> tuple[Stage, ...]:
-    """As even as can be; earlier stages have the layers that remain, for the last one has the head."""
-    each, more = divmod(num_layers, pipeline)
-    return tuple(
-        Stage(num_layers=each + (index < more), is_first=index == 0, is_last=index == pipeline - 1)
-        for index in range(pipeline)
-    )
 
 
 def shares_out(config: DecoderConfig, size: int, unit: int) -> bool:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from math import gcd, prod
 
 from pageflight.models.config import DecoderConfig
+from pageflight.models.stages import Stage, cut_stages
 from pageflight.models.weights import EMBED, FINAL_NORM, HEAD, LayerNames
 from pageflight.quant.forms import QUANTISED_FORMS, WeightForm, weight_forms
 from pageflight.quant.sharding import input_unit
 from pageflight_build.plan.demand import BLOCK_SIZE, KV_BYTES, U8_RANGE_BYTES, Demand
-from pageflight_build.plan.layouts import Layout, Stage, rank_config, stages_of
+from pageflight_build.plan.layouts import Layout, rank_config
 
 _STORED_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _SMALLEST_GROUP = {"I8": 16, "I4": 32}
@@ -98,10 +99,11 @@ def shares_of(config: DecoderConfig, demand: Demand, layout: Layout, holder: Hol
     """The fullest card of every stage."""
     rank = rank_config(config, layout.tensor_parallel, input_unit(demand.dtype, demand.group_size))
     parts = _parts(rank, demand.dtype, demand.group_size, holder, layout.tensor_parallel)
-    return tuple(
-        _share(config, rank, demand, stage, parts, layout, holder)
-        for stage in stages_of(config.num_layers, layout.pipeline)
+    layer, table, norm, head = parts
+    stages = cut_stages(
+        [layer] * config.num_layers, first_bytes=table, last_bytes=norm + (head or table), num_stages=layout.pipeline
     )
+    return tuple(_share(config, rank, demand, stage, parts, layout, holder) for stage in stages)
 
 
 def _share(
@@ -115,24 +117,25 @@ def _share(
 ) -> Share:
     layer, table, norm, head = parts
     holds_table = stage.is_first or (stage.is_last and not head)  # a tied head reads the embedding
-    read = stage.num_layers * layer + stage.is_last * (norm + (head or table))
-    layers = replace(rank, num_layers=stage.num_layers, vocab_size=0)
+    num_layers = stage.end - stage.begin
+    read = num_layers * layer + stage.is_last * (norm + (head or table))
+    layers = replace(rank, num_layers=num_layers, vocab_size=0)
     rows = demand.max_num_seqs if stage.is_last else 0
     return Share(
-        weight_bytes=stage.num_layers * layer + holds_table * table + stage.is_last * (norm + head),
+        weight_bytes=num_layers * layer + holds_table * table + stage.is_last * (norm + head),
         read_bytes=read,
         table_bytes=2 * 4 * demand.context * config.head_dim,  # cosines and sines, float32
         pass_bytes=pass_bytes(
             rank,
             max(demand.max_num_tokens, demand.max_num_seqs),
             rows,
-            stage.num_layers + (not stage.is_last),  # every layer but the model's last one has all rows
+            num_layers + (not stage.is_last),  # every layer but the model's last one has all rows
             activation_bytes(demand.dtype),
         ),
-        block_bytes=kv_bytes_per_block(rank, demand.kv_dtype, stage.num_layers, holder),
+        block_bytes=kv_bytes_per_block(rank, demand.kv_dtype, num_layers, holder),
         num_matrix_parameters=layers.num_parameters,
         num_head_parameters=stage.is_last * -(-config.vocab_size // layout.tensor_parallel) * config.hidden_size,
-        num_attention_features=stage.num_layers * rank.q_size,
+        num_attention_features=num_layers * rank.q_size,
     )
 
 
