@@ -30,7 +30,7 @@ from pageflight.lowering.tensorrt_target import WEIGHTS, TensorRtTarget, import_
 from pageflight.models.config import DecoderConfig
 from pageflight.models.safetensors_file import DTYPES
 from pageflight.quant.forms import WeightForm, default_group_size, weight_forms
-from pageflight_build.options import parse_capabilities
+from pageflight_build.amounts import parse_capabilities
 from perf import figures
 
 LLAMA_8B = DecoderConfig(

@@ -23,9 +23,10 @@ from pageflight_build import repository
 from pageflight_build.checkpoint_files import TOKENIZER_FOLDER, copy_text_files
 from pageflight_build.engine import Source, make_manifest, read_source, record_files, resolve_engine_options
 from pageflight_build.inputs import engine_inputs
+from pageflight_build.instances import FIRST_FOLDER, engine_folder, parse_instances
 from pageflight_build.options import BuildOptions, EngineOptions
 from pageflight_build.progress import BuildProgress, Silent, StageReport
-from pageflight_build.record import ModelRecord
+from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.reference import reference_logits
 from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
 from pageflight_build.target import lowering_of
@@ -63,28 +64,41 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
     target = options.repository.expanduser().resolve()
     with repository.locked(target):
         record = repository.open_target(target, force=options.force)
+        engines = engines_of(options)
         wanted = ModelRecord(
             name=options.name,
             checkpoint=str(options.checkpoint),
-            engine_inputs=engine_inputs(options.checkpoint, options.engine, options.serving),
+            engines=tuple(EngineRecord(folder=engine.folder, inputs=engine.inputs) for engine in engines),
             serving=options.serving,
             default=options.default,
         )
-        lowering = lowering_of(options.engine, options.serving)
-        kept = None if options.force else repository.engine_kept(target, record, wanted, lowering)
-        if kept is not None and repository.unchanged(record, wanted):
-            manifest = EngineManifest.read(kept)
-            seconds = time.monotonic() - started
+        distinct = {engine.folder: engine for engine in engines}
+        lowerings = {engine.folder: lowering_of(engine.options, options.serving) for engine in distinct.values()}
+        kept: dict[str, Path] = {}
+        for folder, engine in distinct.items():
+            found = repository.engine_kept(target, record, wanted, engine.inputs, lowerings[folder])
+            if found is not None and not options.force:
+                kept[folder] = found
+        if len(kept) == len(distinct) and repository.unchanged(record, wanted):
+            first = kept[FIRST_FOLDER]
             return BuildResult(
-                repository=target, name=wanted.name, engine_dir=kept, manifest=manifest, reused=True, seconds=seconds
+                repository=target,
+                name=wanted.name,
+                engine_dir=first,
+                manifest=EngineManifest.read(first),
+                reused=True,
+                seconds=time.monotonic() - started,
             )
         assembly = repository.Assembly(target, record, wanted, force=options.force)
         with staging_folder(target) as staged:
-            artifacts = staged / "artifacts"
-            if kept is not None:
-                link_or_copy(kept, artifacts)
-            else:
-                _run(_Engine(options, lowering, artifacts).stages(), progress)
+            artifacts = {folder: staged / Path(folder).name for folder in distinct}
+            for folder, engine in distinct.items():
+                if folder in kept:
+                    link_or_copy(kept[folder], artifacts[folder])
+                else:
+                    build_one = replace(options, engine=engine.options)
+                    note = f" {engine.title}" if len(distinct) > 1 else ""
+                    _run(_Engine(build_one, lowerings[folder], artifacts[folder]).stages(), progress, note)
             root = staged / "repository"
             _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
             put_in_place(root, target)
@@ -96,6 +110,33 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
         manifest=EngineManifest.read(engine_dir),
         reused=False,
         seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedEngine:
+    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for."""
+
+    options: EngineOptions
+    inputs: str
+    folder: str
+    title: str
+
+
+def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
+    """Of each instance in their order; one where all are alike. Raises ConfigError for options that cannot work."""
+    instances = parse_instances(options.serving.instances)
+    if all(instance.devices.kind == "any" for instance in instances):
+        instances = instances[:1]
+    wanted = [instance.engine_options(options.engine) for instance in instances]
+    return tuple(
+        WantedEngine(
+            options=engine,
+            inputs=engine_inputs(options.checkpoint, engine, options.serving),
+            folder=engine_folder(engine, wanted[0]),
+            title=str(instance),
+        )
+        for instance, engine in zip(instances, wanted, strict=True)
     )
 
 
@@ -186,11 +227,12 @@ class _Engine:
         return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
 
 
-def _run(stages: tuple[Stage, ...], progress: BuildProgress) -> None:
+def _run(stages: tuple[Stage, ...], progress: BuildProgress, note: str = "") -> None:
+    """`note`: what the stages are for, where there are others of their name."""
     for stage in stages:
-        with _stage(progress, stage.title) as report:
+        with _stage(progress, stage.title + note) as report:
             summary = stage.run(report)
-        progress.done(stage.title, summary)
+        progress.done(stage.title + note, summary)
 
 
 @contextmanager

@@ -47,6 +47,11 @@ class CoreLink:
         """Whether there is a core and it has spoken lately: one that hangs keeps its sockets open."""
         return self.epoch is not None and time.monotonic() - self._heard_s <= self._patience_s
 
+    @property
+    def absent_s(self) -> float:
+        """For how long the last core has been gone; 0 while there is one, or was none."""
+        return time.monotonic() - self.lost_s if self.epoch is None and self.lost_s is not None else 0.0
+
     # ---- commands
 
     def submit(self, request: Request, sequences: list[OpenSequence]) -> None:

@@ -23,6 +23,7 @@ import msgspec
 
 from pageflight import __version__
 from pageflight.core.config import EngineConfig
+from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError, PageflightError
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.core.stats import CoreStats
@@ -70,7 +71,9 @@ class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig
     engine_dir: str = ""
     num_instances: int = 1
-    """Cores that share this machine's memory and compute cores."""
+    """Cores that share this machine's memory and compute cores, or the GPU where `devices` are any."""
+    devices: DeviceSet = DeviceSet()
+    """What it has to itself: who starts it gives it these (`loop.devices`)."""
     fake: FakeEngine | None = None
     tenants_file: str = ""
     """Where the shares of tenants stand; empty: those of the configuration."""
@@ -175,7 +178,12 @@ def _load(spec: CoreSpec) -> tuple[Runner, EngineConfig]:
         # The runner brings the model's libraries with it; a fake core does without them.
         from pageflight.runners.factory import load_engine
 
-        runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances).runner
+        runner = load_engine(
+            Path(spec.engine_dir),
+            config,
+            num_instances=spec.num_instances,
+            needs_gpu=str(spec.devices) if spec.devices.kind == "gpu" else "",
+        ).runner
     else:
         raise ConfigError("neither an engine directory nor a fake engine was named")
     limits = runner.limits

@@ -32,14 +32,14 @@ class LoadedEngine:
     num_threads: int
 
 
-def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 1) -> LoadedEngine:
+def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 1, needs_gpu: str = "") -> LoadedEngine:
     """Load the engine that `pageflight build` wrote and give it its K/V blocks.
 
     The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
-    where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
-    something else, ConfigError for settings that cannot work. Engines of torch and TensorRT run on a GPU where
-    there is one.
+    where `config.num_threads` is 0, its cores. Engines of torch and TensorRT run on a GPU where there is one;
+    `needs_gpu`, if not empty, names the GPU that this one must run on. Raises ManifestMismatch for an engine that is
+    damaged or was built for something else, ConfigError for settings that cannot work.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
@@ -51,6 +51,9 @@ def load_engine(engine_dir: Path, config: EngineConfig, *, num_instances: int = 
 
         on_gpu, capacity = load_on_gpu(engine_dir, config, device, num_instances=num_instances)
         return LoadedEngine(runner=on_gpu, manifest=manifest, capacity=capacity, num_threads=1)
+    if needs_gpu:
+        missing = "torch sees no GPU" if manifest.lowering in _ON_GPU else f"{manifest.lowering} runs on CPUs"
+        raise ConfigError(f"{needs_gpu}: the engine cannot run on it: {missing}")
     num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
     lowering = registry.get(manifest.lowering)
     model = lowering.load(engine_dir, num_threads=num_threads)
