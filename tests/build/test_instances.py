@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pageflight.cli.inspect_repository import engine_named, find_engines
 from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
@@ -228,4 +229,5 @@ def test_each_distinct_engine_is_built_once_and_kept(tmp_path: Path) -> None:
     after = engines()
     assert after["cpu:0"] == before["cpu:0"] and after["cpu:1"] == before["cpu:1"]
     assert after["cpu:2"][0] == "int8"
-    assert len(list((repository / "engine" / "1").glob("artifacts*"))) == 3
+    assert len(find_engines(repository)) == 3
+    assert engine_named(repository, None) == repository / "engine" / "1" / "artifacts"

@@ -116,8 +116,8 @@ if mode == "fails":
     sys.exit(1)
 if mode == "lacks a GPU":
     print("E1121 20:07:17.319709 26600 model_lifecycle.cc:642] \\"failed to load 'engine' version 1: Invalid argument: "
-          "instance group gpu3 of model engine specifies invalid or unsupported gpu id 3. GPUs with at least the minimum "
-          "required CUDA compute compatibility of 6.000000 are: " + note + "\\"", flush=True)
+          "instance group gpu3 of model engine specifies invalid or unsupported gpu id 3. GPUs with at least the "
+          "minimum required CUDA compute compatibility of 6.000000 are: " + note + "\\"", flush=True)
     sys.exit(1)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):

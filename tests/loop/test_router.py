@@ -22,7 +22,7 @@ from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine, core_command
 from pageflight.loop.local import find_python
 from pageflight.loop.open_sequence import Generation
-from pageflight.loop.reports import CacheSize
+from pageflight.loop.reports import DRAIN_SIGNAL, CacheSize
 from pageflight.loop.router import PREFIX_TOKENS, Router, Routing, prefix_key, ranked_for
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
 from pageflight.runners.fake import fake_continuation
@@ -149,6 +149,25 @@ def test_a_core_that_comes_back_in_time_keeps_its_sequences() -> None:
         eventually(lambda: router.home_is_ready, "it is back")
         run(router, generation())  # type: ignore[arg-type]
         assert recorder.instances[-1] == 0, "and in the rotation"
+
+
+def test_a_core_that_drains_is_no_place_to_go_on() -> None:
+    """Its model was being loaded again: what came from a dead core ended with Draining, a word about the server."""
+    with routed((SLOW, HELD), (SLOW,)) as (router, (first, second), recorder):
+        sinks = streams(router)
+        busy = Collector()
+        beside = router._reachable(1)
+        assert beside is not None
+        beside.submit(generation((8, 8), max_tokens=250), busy)
+        busy.wait(lambda: busy.num_ids > 5)
+        os.kill(second.supervisor.status.core_pid, DRAIN_SIGNAL)
+        first.kill()
+        new = Collector()
+        eventually(lambda: beside._core.is_leaving, "it has refused something")
+        router.submit(WANTED[0], new)
+        assert_undisturbed([*sinks, new], [*WANTED, WANTED[0]])
+        assert busy.wait().num_ids == 250 and second.supervisor.status.restarts == 1
+        assert recorder.refusals == []
 
 
 def test_sequences_go_from_core_to_core_as_often_as_it_takes() -> None:

@@ -375,6 +375,9 @@ class Front:
         if leader is None:
             return
         error = error_from_wire(message.error, message.message)
+        if isinstance(error, Draining) and self._elsewhere is not None and not (self._draining or self._is_ending()):
+            self._core.is_leaving = True  # alone, its model being loaded again: what it refused waits for the next
+            return
         if leader.is_known and isinstance(error, InvalidArgument):  # it was valid for the core that accepted it
             error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
         self._observer.refused(type(error).__name__)
