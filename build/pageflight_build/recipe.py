@@ -97,7 +97,7 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
                     link_or_copy(kept[folder], artifacts[folder])
                 else:
                     build_one = replace(options, engine=engine.options)
-                    note = f" {engine.title}" if len(distinct) > 1 else ""
+                    note = f" ({engine.title})" if len(distinct) > 1 else ""
                     _run(_Engine(build_one, lowerings[folder], artifacts[folder]).stages(), progress, note)
             root = staged / "repository"
             _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
