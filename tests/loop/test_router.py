@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import msgspec
 import pytest
 from front_harness import CONFIG, SLOW, Collector, NumberText, Recorder, eventually, generation, run
 from hypothesis import given
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 
 from pageflight.core.config import SessionAffinity
 from pageflight.core.errors import Cancelled, DeadlineExceeded, Draining, EngineLost, PoisonRequest
-from pageflight.core.events import TokenEvent
 from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine, core_command
 from pageflight.loop.local import find_python
-from pageflight.loop.open_sequence import Generation
+from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops
+from pageflight.loop.outbox import Outbox
+from pageflight.loop.pacing import Pacing
 from pageflight.loop.reports import DRAIN_SIGNAL, CacheSize
 from pageflight.loop.router import PREFIX_TOKENS, Router, Routing, prefix_key, ranked_for
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
@@ -30,6 +32,8 @@ from pageflight.runners.faulty import Fault
 
 HELD = CoreSpec(config=CONFIG, fake=FakeEngine(start_s=600.0))
 """A core that does not come back."""
+SMALL = msgspec.structs.replace(SLOW, config=replace(CONFIG, kv=replace(CONFIG.kv, num_blocks=2)))
+"""Its cache holds 33 tokens."""
 BROKEN = CoreSpec(config=CONFIG)
 """One that cannot: it has neither an engine nor a fake."""
 
@@ -52,7 +56,7 @@ def instance(*lives: CoreSpec) -> Iterator[Instance]:
     def command(report_fd: int, trace_fd: int, cache: CacheSize | None) -> list[str]:
         starts.append(report_fd)
         spec = lives[min(len(starts), len(lives)) - 1]
-        return core_command(python, spec, address, report_fd, trace_fd, cache)
+        return core_command(python, spec, address, report_fd, trace_fd, cache if spec is not SMALL else None)
 
     config = SupervisorConfig(backoff_s=0.01, max_killed_starts=1)
     supervisor = Supervisor(command, address, environment=dict(os.environ), config=config)
@@ -66,24 +70,43 @@ def instance(*lives: CoreSpec) -> Iterator[Instance]:
 
 @contextmanager
 def routed(
-    *instances: Sequence[CoreSpec], home: int = 0, affinity: SessionAffinity = "none", reroute_after_s: float = 0.2
+    *instances: Sequence[CoreSpec], reroute_after_s: float = 0.2
 ) -> Iterator[tuple[Router, list[Instance], Recorder]]:
-    recorder = Recorder()
+    """A router to instances of these lives."""
     with ExitStack() as stack:
         made = [stack.enter_context(instance(*lives)) for lives in instances]
-        routing = Routing(home=home, session_affinity=affinity, reroute_after_s=reroute_after_s)
-        router = Router([one.address for one in made], NumberText(), recorder, routing=routing)
-        stack.callback(router.close, 0.0)
+        with beside(made, reroute_after_s=reroute_after_s) as (router, recorder):
+            yield router, made, recorder
+
+
+@contextmanager
+def beside(
+    instances: Sequence[Instance], *, home: int = 0, affinity: SessionAffinity = "none", reroute_after_s: float = 0.2
+) -> Iterator[tuple[Router, Recorder]]:
+    """A router of another process to instances that are there."""
+    recorder = Recorder()
+    routing = Routing(home=home, session_affinity=affinity, reroute_after_s=reroute_after_s)
+    router = Router([one.address for one in instances], NumberText(), recorder, routing=routing)
+    try:
         router.wait_ready(60)
-        yield router, made, recorder
+        yield router, recorder
+    finally:
+        router.close(0.0)
+
+
+@pytest.fixture(scope="module")
+def calm() -> Iterator[tuple[Instance, Instance]]:
+    """Two instances that nobody kills."""
+    with instance(SLOW) as first, instance(SLOW) as second:
+        yield first, second
 
 
 WANTED = (
-    generation((1, 2, 3) * 20, max_tokens=150),
-    generation((2, 2), max_tokens=130, temperature=1.0, seed=5, log_probs=True),
-    generation((3, 1) * 9, max_tokens=120, n=3, temperature=0.7, seed=1),
-    generation((4, 4, 4), max_tokens=140, stop=("0,",), min_tokens=90),
-    generation((5,) * 40, max_tokens=110, stream=False),
+    generation((1, 2, 3) * 20, max_tokens=90),
+    generation((2, 2), max_tokens=80, temperature=1.0, seed=5, log_probs=True),
+    generation((3, 1) * 9, max_tokens=70, n=3, temperature=0.7, seed=1),
+    generation((4, 4, 4), max_tokens=85, stop=("0,",), min_tokens=60),
+    generation((5,) * 40, max_tokens=60, stream=False),
 )
 
 
@@ -112,9 +135,9 @@ def assert_undisturbed(sinks: Sequence[Collector], wanted: Sequence[Generation] 
             assert sink.text(index).count(",") in (len(ids), len(ids) - 1)
 
 
-def test_a_request_goes_to_the_core_of_its_own_instance() -> None:
+def test_a_request_goes_to_the_core_of_its_own_instance(calm: tuple[Instance, Instance]) -> None:
     """Triton spreads requests; spreading them once more would only add a connection for each pair of instances."""
-    with routed((SLOW,), (SLOW,), home=1) as (router, _, recorder):
+    with beside(calm, home=1) as (router, recorder):
         assert_undisturbed(streams(router))
         assert set(recorder.instances) == {1} and list(router._fronts) == [1]
 
@@ -151,22 +174,31 @@ def test_a_core_that_comes_back_in_time_keeps_its_sequences() -> None:
         assert recorder.instances[-1] == 0, "and in the rotation"
 
 
+def test_what_the_next_core_of_an_instance_has_no_room_for_goes_on_in_another() -> None:
+    """It came back with less memory and ended valid requests, which another instance had room for."""
+    with routed((SLOW, SMALL), (SLOW,), reroute_after_s=60.0) as (router, (first, _), recorder):
+        sinks = streams(router)
+        first.kill()
+        assert_undisturbed(sinks)
+        assert recorder.num_rerouted == sum(one.sampling.n for one in WANTED) and recorder.refusals == []
+
+
 def test_a_core_that_drains_is_no_place_to_go_on() -> None:
     """Its model was being loaded again: what came from a dead core ended with Draining, a word about the server."""
     with routed((SLOW, HELD), (SLOW,)) as (router, (first, second), recorder):
         sinks = streams(router)
         busy = Collector()
-        beside = router._reachable(1)
-        assert beside is not None
-        beside.submit(generation((8, 8), max_tokens=250), busy)
+        front = router._reachable(1)
+        assert front is not None
+        front.submit(generation((8, 8), max_tokens=150), busy)
         busy.wait(lambda: busy.num_ids > 5)
         os.kill(second.supervisor.status.core_pid, DRAIN_SIGNAL)
         first.kill()
         new = Collector()
-        eventually(lambda: beside._core.is_leaving, "it has refused something")
+        eventually(lambda: front._core.is_leaving, "it has refused something")
         router.submit(WANTED[0], new)
         assert_undisturbed([*sinks, new], [*WANTED, WANTED[0]])
-        assert busy.wait().num_ids == 250 and second.supervisor.status.restarts == 1
+        assert busy.wait().num_ids == 150 and second.supervisor.status.restarts == 1
         assert recorder.refusals == []
 
 
@@ -186,12 +218,12 @@ def test_sequences_go_from_core_to_core_as_often_as_it_takes() -> None:
 
 def test_a_sequence_that_has_moved_is_cancelled_late_and_cut_off_like_any_other() -> None:
     """Its number was known to the front that had it before."""
-    wanted = generation((7, 7), max_tokens=900)
+    wanted = generation((7, 7), max_tokens=700)
     with routed((SLOW, HELD), (SLOW,)) as (router, (first, _), recorder):
         sinks = [Collector() for _ in range(3)]
         cancelled, _, _ = (
             router.submit(one, sink)
-            for one, sink in zip([wanted, replace(wanted, timeout_ms=2000), wanted], sinks, strict=True)
+            for one, sink in zip([wanted, replace(wanted, timeout_ms=1500), wanted], sinks, strict=True)
         )
         for sink in sinks:
             sink.wait(lambda sink=sink: sink.num_ids > 5)
@@ -232,9 +264,9 @@ def test_a_request_that_crashes_cores_is_known_for_it_wherever_it_goes() -> None
         run(router, generation())  # type: ignore[arg-type]
 
 
-def test_draining_waits_for_every_core() -> None:
-    with routed((SLOW,), (SLOW,), affinity="prefix") as (router, _, recorder):
-        wanted = [generation((number,) * 8, max_tokens=100) for number in range(8)]
+def test_draining_waits_for_every_core(calm: tuple[Instance, Instance]) -> None:
+    with beside(calm, affinity="prefix") as (router, recorder):
+        wanted = [generation((number,) * 8, max_tokens=60) for number in range(8)]
         sinks = streams(router, wanted)
         assert len(set(recorder.instances)) == 2
         router.close(60.0)
@@ -243,14 +275,12 @@ def test_draining_waits_for_every_core() -> None:
             router.submit(wanted[0], Collector())
 
 
-def test_an_instance_without_its_core_serves_with_those_of_others() -> None:
+def test_an_instance_without_its_core_serves_with_those_of_others(calm: tuple[Instance, Instance]) -> None:
     """A stub that was loaded again while its core was away waited a minute for it."""
-    with instance(SLOW) as other:
-        router = Router([private_address(), other.address], NumberText(), Recorder(), routing=Routing())
-        router.wait_ready(60)
+    away = Instance(private_address(), calm[0].supervisor)
+    with beside([away, calm[1]]) as (router, _):
         assert_undisturbed(streams(router, WANTED[:1]), WANTED[:1])
         assert router.is_ready and not router.home_is_ready
-        router.close(0.0)
 
 
 # ---- affinity
@@ -279,36 +309,31 @@ def test_a_conversation_is_known_by_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("affinity", ["prefix", "correlation"])
-def test_a_conversation_stays_with_its_core_whichever_instance_is_asked(affinity: SessionAffinity) -> None:
+def test_a_conversation_stays_with_its_core_whichever_instance_is_asked(
+    calm: tuple[Instance, Instance], affinity: SessionAffinity
+) -> None:
     """Every second turn went to the core that did not have the first one's blocks."""
-    sessions = [f"user-{number}" for number in range(12)]
-    with routed((SLOW, HELD), (SLOW,), affinity=affinity) as (router, (first, _), recorder):
-        others = Recorder()
-        routing = Routing(home=1, session_affinity=affinity, reroute_after_s=0.2)
-        twin = Router(router._addresses, NumberText(), others, routing=routing)
-        twin.wait_ready(60)
 
-        def ask(one: Router, turn: int) -> None:
-            for number, session in enumerate(sessions):
-                prompt = (number,) * PREFIX_TOKENS if affinity == "prefix" else (turn,)
-                sink = Collector()
-                one.submit(generation((*prompt, turn), max_tokens=2), sink, "" if affinity == "prefix" else session)
-                sink.wait()
+    def ask(router: Router, turn: int) -> None:
+        for number in range(12):
+            prompt = (number,) * PREFIX_TOKENS if affinity == "prefix" else (turn,)
+            sink = Collector()
+            session = "" if affinity == "prefix" else f"user-{number}"
+            router.submit(generation((*prompt, turn), max_tokens=2), sink, session)
+            sink.wait()
 
+    with (
+        beside(calm, affinity=affinity) as (router, recorder),
+        beside(calm, home=1, affinity=affinity) as (twin, others),
+    ):
         ask(router, 1)
         ask(twin, 2)
         assert recorder.instances == others.instances and set(others.instances) == {0, 1}
-        before, others.instances = others.instances, []
-        first.kill()
-        eventually(lambda: not router.home_is_ready and not twin._fronts[0].answers, "both know")
-        ask(twin, 3)
-        assert set(others.instances) == {1} and before.count(1) > 0
-        twin.close(0.0)
 
 
-def test_a_beginning_that_everybody_has_does_not_put_everybody_on_one_core() -> None:
+def test_a_beginning_that_everybody_has_does_not_put_everybody_on_one_core(calm: tuple[Instance, Instance]) -> None:
     """A system prompt longer than what is looked at made one of the cores do all the work."""
-    with routed((SLOW,), (SLOW,), affinity="prefix") as (router, _, recorder):
+    with beside(calm, affinity="prefix") as (router, recorder):
         sinks = [Collector() for _ in range(24)]
         for number, sink in enumerate(sinks):
             router.submit(generation((9,) * PREFIX_TOKENS + (number,), max_tokens=40), sink)
@@ -319,20 +344,15 @@ def test_a_beginning_that_everybody_has_does_not_put_everybody_on_one_core() -> 
 
 def test_what_is_kept_back_of_a_stream_is_told_before_it_moves() -> None:
     """Text that was joined with the next token's waited for the other core to compute the whole prompt."""
-    recorder = Recorder()
-    with instance(SLOW, HELD) as first, instance(SLOW) as second:
-        routing = Routing(reroute_after_s=0.0)
-        addresses = [first.address, second.address]
-        router = Router(addresses, NumberText(), recorder, routing=routing, response_rate=1)
-        router.wait_ready(60)
-        told: list[tuple[float, int]] = []
-
-        def sink(event: TokenEvent) -> None:
-            told.append((time.monotonic(), len(event.ids)))
-
-        router.submit(generation((1, 2), max_tokens=60), sink)
-        eventually(lambda: len(told) > 1, "it streams")
-        first.kill()
-        eventually(lambda: sum(count for _, count in told) == 60, "all of it comes")
-        assert recorder.num_rerouted == 1
-        router.close(0.0)
+    wanted = generation((1, 2), max_tokens=60)
+    told_to = Collector()
+    sequence = OpenSequence(wanted, told_to, SharedStops.of(wanted), NumberText(), leader=0, index=0)
+    outbox = Outbox(Pacing(1), lambda sequence: None)
+    outbox.share_among(1)
+    for index in (5, 6):
+        sequence.fresh = [index]
+        sequence.hold(sequence.take())
+        outbox.add(sequence, time.monotonic_ns())
+    assert told_to.ids() == (5,), "the second one is kept back"
+    outbox.tell_held(sequence)
+    assert told_to.ids() == (5, 6) and told_to.text() == "5,6," and outbox.patience_s is None

@@ -379,6 +379,8 @@ class Front:
             self._core.is_leaving = True  # alone, its model being loaded again: what it refused waits for the next
             return
         if leader.is_known and isinstance(error, InvalidArgument):  # it was valid for the core that accepted it
+            if self._elsewhere is not None and leader.alone and self._elsewhere(self, [leader]):
+                return
             error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
         self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
