@@ -90,7 +90,7 @@ def test_each_instance_has_a_core_on_its_own_cores(pair: tuple[Server, Path]) ->
     assert wait_for(lambda: by_instance(server, "pageflight_engine_ready") == {"0": 1.0, "1": 1.0})
 
 
-@pytest.mark.parametrize("session", [7, "user-1", "user-2"])
+@pytest.mark.parametrize("session", [7, "user-1"])
 def test_a_conversation_stays_with_an_instance_through_every_model(pair: tuple[Server, Path], session: object) -> None:
     """Triton's correlation id of `infer`, and the parameter that it is of `generate`, are the same conversation."""
     server, _ = pair
