@@ -17,7 +17,8 @@ from pageflight.cli.main import main
 from pageflight.cli.sampling_flags import SamplingFlags
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest, FileRecord
-from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes, parse_capabilities
+from pageflight_build.amounts import parse_bytes, parse_capabilities
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 
 COMMANDS = ("build", "serve", "up", "generate", "chat", "plan", "inspect", "replay")
 
@@ -96,7 +97,9 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "kv_watermark": 0.5,
         "target_inter_token_ms": 12.0,
         "hang_limit_s": 11,
-        "instances": 2,
+        "instances": "cpu:0; cpu:1 dtype=int8",
+        "session_affinity": "prefix",
+        "reroute_after_s": 3.5,
         "threads": 3,
         "tensor_parallel": 4,
         "prefix_cache": False,
@@ -183,7 +186,6 @@ def test_what_is_no_compute_capability_is_refused(text: str) -> None:
         "max_num_tokens",
         "max_queue_size",
         "hang_limit_s",
-        "instances",
         "tensor_parallel",
         "default_max_tokens",
     ],

@@ -8,8 +8,10 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from pageflight.core.config import KVAdmission, SchedulingPolicy
+from pageflight.core.config import KVAdmission, SchedulingPolicy, SessionAffinity
 from pageflight.core.tenants import read_tenants
+from pageflight_build.amounts import parse_bytes, parse_capabilities
+from pageflight_build.instances import instances_text, parse_instances
 from pageflight_build.options import (
     DTYPES,
     ENGINES,
@@ -19,8 +21,6 @@ from pageflight_build.options import (
     BuildOptions,
     EngineOptions,
     ServingOptions,
-    parse_bytes,
-    parse_capabilities,
 )
 from pageflight_build.source import default_name, resolve_checkpoint
 
@@ -165,8 +165,28 @@ class BuildFlags:
         ),
     ] = _SERVING_DEFAULTS.hang_limit_s
     instances: Annotated[
-        int, typer.Option(help="Engine instances, each with its own core process and cache.", rich_help_panel=_SERVING)
+        str,
+        typer.Option(
+            help='Engine instances, each with its own core process and cache: how many, or their devices, as in "gpu0;'
+            ' gpu1 dtype=bf16; cpu:0-3 engine=openvino" (see docs/instances.md).',
+            rich_help_panel=_SERVING,
+        ),
     ] = _SERVING_DEFAULTS.instances
+    session_affinity: Annotated[
+        str,
+        typer.Option(
+            help=f"Requests that go to one instance: {', '.join(get_args(SessionAffinity))} (those with the same"
+            " beginning, or the same correlation id).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.session_affinity
+    reroute_after_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that sequences wait for their instance's next core before another instance takes them.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.reroute_after_s
     threads: Annotated[
         int, typer.Option(help="Compute threads per instance; 0 shares all cores.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.threads
@@ -254,7 +274,9 @@ class BuildFlags:
                 kv_watermark=self.kv_watermark,
                 target_inter_token_ms=self.target_inter_token_ms,
                 hang_limit_s=self.hang_limit_s,
-                instances=self.instances,
+                instances=instances_text(parse_instances(self.instances)),
+                session_affinity=cast(SessionAffinity, self.session_affinity),
+                reroute_after_s=self.reroute_after_s,
                 threads=self.threads,
                 tensor_parallel=self.tensor_parallel,
                 engine_name=self.engine_name,
