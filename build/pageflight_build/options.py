@@ -16,6 +16,8 @@ FLAVORS = ("rtx", "full")
 WEIGHTS = ("input", "constant")
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 GROUPED_DTYPES = ("int8", "int4")
+STEP_TOKENS = {"openvino": 256, "tensorrt": 2048, "torch": 2048}
+"""Of a step, where nothing else is asked for: a few hundred keep a CPU busy, and a GPU would wait for its memory."""
 KV_DTYPES = ("fp32", "fp16", "bf16", "fp8", "u8")
 RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 

@@ -173,6 +173,21 @@ def test_engine_options_out_of_range_are_refused_by_name(changes: dict[str, Any]
 
 
 @pytest.mark.parametrize("text", ["8", "sm_89", "89;120", "8.9.0.0"])
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({}, 256),
+        ({"max_num_seqs": 300}, 300),
+        ({"engine": "torch"}, 2048),
+        ({"engine": "tensorrt", "max_num_tokens": 512}, 512),
+    ],
+)
+def test_a_step_is_as_large_as_suits_the_engine(given: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    """A GPU got steps of 256 tokens, with which it waits for its memory."""
+    options = BuildFlags(name="x", **given).options(str(tmp_path), tmp_path / "repo")
+    assert options.serving.max_num_tokens == tokens
+
+
 def test_what_is_no_compute_capability_is_refused(text: str) -> None:
     """sm_89 was taken for no choice at all."""
     with pytest.raises(ConfigError, match=f"compute_capability='{text}'"):

@@ -17,6 +17,7 @@ from pageflight_build.options import (
     ENGINES,
     FLAVORS,
     KV_DTYPES,
+    STEP_TOKENS,
     WEIGHTS,
     BuildOptions,
     EngineOptions,
@@ -106,8 +107,13 @@ class BuildFlags:
         int, typer.Option(help="Sequences that run at once, per instance.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_num_seqs
     max_num_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step: prompt chunks and decode together.", rich_help_panel=_SERVING)
-    ] = _SERVING_DEFAULTS.max_num_tokens
+        int,
+        typer.Option(
+            help="Tokens of one step: prompt chunks and decode together. 0 chooses by --engine:"
+            f" {', '.join(f'{tokens} for {engine}' for engine, tokens in STEP_TOKENS.items())}.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = 0
     max_queue_size: Annotated[
         int, typer.Option(help="Requests that may wait; more are refused with UNAVAILABLE.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_queue_size
@@ -263,7 +269,7 @@ class BuildFlags:
                 kv_memory=parse_bytes(self.kv_memory),
                 host_kv_memory=parse_bytes(self.host_kv_memory),
                 max_num_seqs=self.max_num_seqs,
-                max_num_tokens=self.max_num_tokens,
+                max_num_tokens=self.max_num_tokens or max(STEP_TOKENS[self.engine], self.max_num_seqs),
                 max_queue_size=self.max_queue_size,
                 max_queue_tokens=self.max_queue_tokens,
                 scheduling_policy=cast(SchedulingPolicy, self.scheduling_policy),
