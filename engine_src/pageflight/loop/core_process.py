@@ -135,7 +135,8 @@ def main() -> int:
         else:
             log.exception("the engine core ends")
         reporter.send(_last_words(error))
-        return 1
+        logging.shutdown()
+        os._exit(1)  # what a device still does, or waits for, must not hold up the next core
     return 0
 
 
@@ -270,7 +271,7 @@ def _serve(
         if recorder is not None:
             recorder.close()
         mailbox.close(linger_s)
-        runner.close()
+    runner.close()  # not after a failure: a device may be waiting for ranks that are gone, and would be waited for
 
 
 def _scheduler(spec: CoreSpec, config: EngineConfig, vocab_size: int, recorder: Recorder | None) -> Scheduler:
