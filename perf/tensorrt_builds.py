@@ -26,7 +26,7 @@ from pageflight.lowering.tensorrt_plan import profiles
 from pageflight.lowering.tensorrt_target import WEIGHTS, TensorRtTarget, import_flavor
 from pageflight.models.safetensors_file import DTYPES
 from pageflight.quant.forms import default_group_size, weight_forms
-from pageflight_build.options import parse_capabilities
+from pageflight_build.amounts import parse_capabilities
 from perf import figures
 from perf.gpu_check.tensorrt_models import LAYER, RandomTensors
 

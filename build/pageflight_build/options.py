@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from pageflight.core.config import KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy
+from pageflight.core.config import KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy, SessionAffinity
 from pageflight.core.errors import ConfigError
+from pageflight_build.instances import parse_instances
 
 ENGINES = ("openvino", "tensorrt", "torch")
 FLAVORS = ("rtx", "full")
 WEIGHTS = ("input", "constant")
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 GROUPED_DTYPES = ("int8", "int4")
+STEP_TOKENS = {"openvino": 256, "tensorrt": 2048, "torch": 2048}
+"""Of a step, where nothing else is asked for: a few hundred keep a CPU busy, and a GPU would wait for its memory."""
 KV_DTYPES = ("fp32", "fp16", "bf16", "fp8", "u8")
 RESERVED_NAMES = ("ensemble", "preprocessing", "postprocessing")
 
@@ -86,10 +90,11 @@ class ServingOptions:
     """What ends in `config.pbtxt`: another value here rewrites the configuration and keeps the engine.
 
     `kv_memory` is in bytes, 0 means computed from free memory; `host_kv_memory` too, 0 is no second level of the cache.
-    `threads` 0 means all cores shared by the instances. `tensor_parallel` is the ranks of each of an instance's
-    `pipeline_parallel` stages. `tenants` is the absolute path of a tenants file, empty for none. `response_rate` is
-    what an instance sends per second before it joins tokens of a stream, 0 follows the cores. How requests are served:
-    see `SchedulerConfig`.
+    `instances` is text of `parse_instances`; `threads` 0 means all cores shared by the instances. `tensor_parallel` is
+    the ranks of each of an instance's `pipeline_parallel` stages. `tenants` is the absolute path of a tenants file,
+    empty for none. `session_affinity` says which requests go to one instance, `reroute_after_s` how long sequences wait
+    for their instance's next core before another instance takes them. `response_rate` is what an instance sends per
+    second before it joins tokens of a stream, 0 follows the cores. How requests are served: see `SchedulerConfig`.
     """
 
     kv_memory: int = 0
@@ -106,9 +111,11 @@ class ServingOptions:
     kv_watermark: float = 0.01
     target_inter_token_ms: float = 0.0
     hang_limit_s: int = 60
-    instances: int = 1
+    instances: str = "1"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    session_affinity: SessionAffinity = "none"
+    reroute_after_s: float = 10.0
     threads: int = 0
     engine_name: str = "engine"
     exclude_input_in_output: bool = True
@@ -118,15 +125,17 @@ class ServingOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "instances", "default_max_tokens")
+        counts = ("max_num_seqs", "max_num_tokens", "max_queue_size", "hang_limit_s", "default_max_tokens")
         for name in (*counts, "tensor_parallel", "pipeline_parallel"):
             _at_least(name, getattr(self, name), 1)
         for name in (*_BYTES, "threads", "response_rate"):
             _at_least(name, getattr(self, name), 0)
         self.scheduler(max_model_len=1)  # refuses what cannot work
         KVConfig(gpu_memory_utilization=self.gpu_memory_utilization)
-        if self.instances > 64:
-            raise ConfigError(f"instances={self.instances}: at most 64 fit one server")
+        parse_instances(self.instances)
+        _one_of("session_affinity", self.session_affinity, get_args(SessionAffinity))
+        if not 0 <= self.reroute_after_s < float("inf"):
+            raise ConfigError(f"reroute_after_s={self.reroute_after_s}: must be at least 0")
         check_name("engine_name", self.engine_name)
 
     def scheduler(self, *, max_model_len: int) -> SchedulerConfig:
@@ -162,21 +171,3 @@ class BuildOptions:
         check_name("name", self.name)
         if self.name == self.serving.engine_name:
             raise ConfigError(f"name={self.name!r}: the engine model has that name already; choose another --name")
-
-
-def parse_capabilities(text: str) -> tuple[int, ...]:
-    """Compute capabilities of "89,120", of "8.9 12.0" or of nothing, in rising order. Raises ConfigError else."""
-    parts = [part.replace(".", "") for part in text.replace(",", " ").split()]
-    if not all(re.fullmatch(r"[0-9]{2,3}", part) for part in parts):
-        raise ConfigError(f"compute_capability={text!r}: write numbers such as 89,120")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "4GiB", "512MiB", "3e9" or "0". Raises ConfigError for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"{text!r} is not an amount of memory; write for example 4GiB, 512MiB or a number of bytes")
-    unit = (match[2] or "").upper()
-    power = " KMGT".index(unit[0]) if unit else 0
-    return int(float(match[1]) * (1024 if unit.endswith("I") else 1000) ** power)

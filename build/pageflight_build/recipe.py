@@ -8,7 +8,7 @@ act is to give that folder the target's name. A build that fails or is interrupt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
+from pageflight.core.placement import num_ranks
 from pageflight.lowering.base import AheadOfTime, Lowering
 from pageflight.models.config import DecoderConfig
 from pageflight.quant.convert import convert
@@ -31,9 +32,10 @@ from pageflight_build.engine import (
     resolve_engine_options,
 )
 from pageflight_build.inputs import engine_inputs
-from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
+from pageflight_build.instances import FIRST_FOLDER, engine_folder, parse_instances
+from pageflight_build.options import BuildOptions, EngineOptions
 from pageflight_build.progress import BuildProgress, Silent, StageReport
-from pageflight_build.record import ModelRecord
+from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.reference import reference_logits
 from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
 from pageflight_build.target import lowering_of
@@ -71,30 +73,44 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
     target = options.repository.expanduser().resolve()
     with repository.locked(target):
         record = repository.open_target(target, force=options.force)
+        engines = engines_of(options)
         wanted = ModelRecord(
             name=options.name,
             checkpoint=str(options.checkpoint),
-            engine_inputs=engine_inputs(options.checkpoint, options.engine, options.serving),
+            engines=tuple(EngineRecord(folder=engine.folder, inputs=engine.inputs) for engine in engines),
             serving=options.serving,
             default=options.default,
         )
-        lowering = lowering_of(options.engine, options.serving)
-        kept = None if options.force else repository.engine_kept(target, record, wanted, lowering)
-        if kept is not None:
-            _check_kept(EngineManifest.read(kept), options.serving)
-        if kept is not None and repository.unchanged(record, wanted):
-            manifest = EngineManifest.read(kept)
-            seconds = time.monotonic() - started
+        distinct = {engine.folder: engine for engine in engines}
+        lowerings = {engine.folder: lowering_of(engine.options, options.serving) for engine in distinct.values()}
+        kept: dict[str, Path] = {}
+        for folder, engine in distinct.items():
+            found = repository.engine_kept(target, record, wanted, engine.inputs, lowerings[folder])
+            if found is not None and not options.force:
+                kept[folder] = found
+                _check_kept(EngineManifest.read(found), engine.ranks, options.serving.pipeline_parallel)
+        if len(kept) == len(distinct) and repository.unchanged(record, wanted):
+            first = kept[FIRST_FOLDER]
             return BuildResult(
-                repository=target, name=wanted.name, engine_dir=kept, manifest=manifest, reused=True, seconds=seconds
+                repository=target,
+                name=wanted.name,
+                engine_dir=first,
+                manifest=EngineManifest.read(first),
+                reused=True,
+                seconds=time.monotonic() - started,
             )
         assembly = repository.Assembly(target, record, wanted, force=options.force)
         with staging_folder(target) as staged:
-            artifacts = staged / "artifacts"
-            if kept is not None:
-                link_or_copy(kept, artifacts)
-            else:
-                _run(_Engine(options, lowering, artifacts).stages(), progress)
+            artifacts = {folder: staged / Path(folder).name for folder in distinct}
+            for folder, engine in distinct.items():
+                if folder in kept:
+                    link_or_copy(kept[folder], artifacts[folder])
+                else:
+                    build_one = replace(options, engine=engine.options)
+                    note = f" ({engine.title})" if len(distinct) > 1 else ""
+                    _run(
+                        _Engine(build_one, lowerings[folder], artifacts[folder], engine.ranks).stages(), progress, note
+                    )
             root = staged / "repository"
             _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
             put_in_place(root, target)
@@ -109,11 +125,45 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
     )
 
 
-class _Engine:
-    """The stages that make an engine directory at `folder`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedEngine:
+    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, and
+    how many ranks those have who share it."""
 
-    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path) -> None:
-        self._build = options
+    options: EngineOptions
+    inputs: str
+    folder: str
+    title: str
+    ranks: frozenset[int]
+
+
+def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
+    """Of each instance in their order; one where all are alike. Raises ConfigError for options that cannot work."""
+    instances = parse_instances(options.serving.instances)
+    if all(instance.devices.kind == "any" for instance in instances):
+        instances = instances[:1]
+    wanted = [instance.engine_options(options.engine) for instance in instances]
+    ranks: dict[str, set[int]] = {}
+    for instance, engine in zip(instances, wanted, strict=True):
+        size = num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel)
+        ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(size)
+    return tuple(
+        WantedEngine(
+            options=engine,
+            inputs=engine_inputs(options.checkpoint, engine, options.serving),
+            folder=(folder := engine_folder(engine, wanted[0])),
+            title=str(instance),
+            ranks=frozenset(ranks[folder]),
+        )
+        for instance, engine in zip(instances, wanted, strict=True)
+    )
+
+
+class _Engine:
+    """The stages that make an engine directory at `folder`. `ranks`: how many its instances have."""
+
+    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[int]) -> None:
+        self._build, self._ranks = options, ranks
         self._lowering = lowering
         self._folder = folder
         self._source: Source
@@ -133,14 +183,15 @@ class _Engine:
         self._options = resolve_engine_options(self._build.engine, config, self._lowering)
         options = self._options
         assert options.dtype is not None
-        check_ranks(
-            self._build.serving.tensor_parallel,
-            self._build.serving.pipeline_parallel,
-            config,
-            engine=options.engine,
-            dtype=options.dtype,
-            group_size=options.group_size,
-        )
+        for size in self._ranks:
+            check_ranks(
+                size,
+                self._build.serving.pipeline_parallel,
+                config,
+                engine=options.engine,
+                dtype=options.dtype,
+                group_size=options.group_size,
+            )
         if self._build.serving.deterministic and isinstance(self._lowering, AheadOfTime):
             raise ConfigError(f"deterministic=True: it has to be tried, but {self._lowering.missing_device()}")
         return (
@@ -206,24 +257,26 @@ class _Engine:
         return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
 
 
-def _check_kept(manifest: EngineManifest, serving: ServingOptions) -> None:
+def _check_kept(manifest: EngineManifest, ranks: Iterable[int], pipeline_parallel: int) -> None:
     """Raises ConfigError for settings that an engine built for others does not have."""
     config = DecoderConfig.from_json(manifest.model)
-    check_ranks(
-        serving.tensor_parallel,
-        serving.pipeline_parallel,
-        config,
-        engine=manifest.lowering,
-        dtype=manifest.dtype,
-        group_size=manifest.quant_group_size,
-    )
+    for size in ranks:
+        check_ranks(
+            size,
+            pipeline_parallel,
+            config,
+            engine=manifest.lowering,
+            dtype=manifest.dtype,
+            group_size=manifest.quant_group_size,
+        )
 
 
-def _run(stages: tuple[Stage, ...], progress: BuildProgress) -> None:
+def _run(stages: tuple[Stage, ...], progress: BuildProgress, note: str = "") -> None:
+    """`note`: what the stages are for, where there are others of their name."""
     for stage in stages:
-        with _stage(progress, stage.title) as report:
+        with _stage(progress, stage.title + note) as report:
             summary = stage.run(report)
-        progress.done(stage.title, summary)
+        progress.done(stage.title + note, summary)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pageflight.core.errors import ConfigError
+from pageflight_build.instances import FIRST_FOLDER
 from pageflight_build.options import ServingOptions
 
 RECORD_NAME = "pageflight.json"
@@ -20,12 +21,20 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """Where an engine lies in its model's folder, and the digest of its inputs: equal ones need no new build."""
+
+    folder: str
+    inputs: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
-    """One checkpoint of the repository. The inputs are digests: equal ones need no new build."""
+    """One checkpoint of the repository. `engines`: of its instances in their order, one where all are alike."""
 
     name: str
     checkpoint: str
-    engine_inputs: str
+    engines: tuple[EngineRecord, ...]
     serving: ServingOptions
     default: bool
 
@@ -80,5 +89,19 @@ def file_digest(path: Path) -> str:
 
 def _model(data: dict[str, Any]) -> ModelRecord:
     known = {field.name for field in fields(ServingOptions)}
-    serving = ServingOptions(**{name: value for name, value in data["serving"].items() if name in known})
-    return ModelRecord(**{**data, "serving": serving})
+    given = {name: value for name, value in data["serving"].items() if name in known}
+    if "instances" in given:
+        given["instances"] = str(given["instances"])  # once a number
+    engines = tuple(EngineRecord(**engine) for engine in data["engines"]) if "engines" in data else _one_engine(data)
+    return ModelRecord(
+        name=data["name"],
+        checkpoint=data["checkpoint"],
+        engines=engines,
+        serving=ServingOptions(**given),
+        default=data["default"],
+    )
+
+
+def _one_engine(data: dict[str, Any]) -> tuple[EngineRecord, ...]:
+    """Of a record written when all instances of a model had the same engine."""
+    return (EngineRecord(folder=FIRST_FOLDER, inputs=data["engine_inputs"]),)

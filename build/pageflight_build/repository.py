@@ -6,18 +6,18 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.base import Lowering
+from pageflight_build.instances import FIRST_FOLDER, parse_instances
+from pageflight_build.placing import placements_of
 from pageflight_build.record import ModelRecord, RepositoryRecord, file_digest
 from pageflight_build.swap import link_or_copy
 from pageflight_build.triton_config import Deployment, engine_model_name, model_names, write_repository
-
-ARTIFACTS = Path("1") / "artifacts"
 
 
 @contextmanager
@@ -67,17 +67,21 @@ def open_target(target: Path, *, force: bool) -> RepositoryRecord:
     return empty
 
 
-def engine_dir(root: Path, models: Sequence[ModelRecord], name: str) -> Path:
-    """The engine directory of model `name` in a repository of `models`."""
-    return root / engine_model_name(deployments(models)[name]) / ARTIFACTS
+def engine_dir(root: Path, models: Sequence[ModelRecord], name: str, folder: str = FIRST_FOLDER) -> Path:
+    """The engine directory `folder` of model `name` in a repository of `models`."""
+    return root / engine_model_name(deployments(models)[name]) / folder
 
 
-def engine_kept(root: Path, record: RepositoryRecord, wanted: ModelRecord, lowering: Lowering) -> Path | None:
-    """The engine directory that `wanted` can use as it is; None when `lowering` must make it."""
+def engine_kept(
+    root: Path, record: RepositoryRecord, wanted: ModelRecord, inputs: str, lowering: Lowering
+) -> Path | None:
+    """The engine directory that `wanted` can use as it is for an engine of these inputs; None when `lowering` must make
+    it."""
     known = record.model(wanted.name)
-    if known is None or known.engine_inputs != wanted.engine_inputs:
+    found = next((engine.folder for engine in known.engines if engine.inputs == inputs), None) if known else None
+    if found is None:
         return None
-    folder = engine_dir(root, record.models, wanted.name)
+    folder = engine_dir(root, record.models, wanted.name, found)
     try:
         manifest = EngineManifest.read(folder)
     except ManifestMismatch:
@@ -96,7 +100,7 @@ def unchanged(record: RepositoryRecord, wanted: ModelRecord) -> bool:
     known = record.model(wanted.name)
     return (
         known is not None
-        and (known.engine_inputs, known.serving) == (wanted.engine_inputs, wanted.serving)
+        and (known.engines, known.serving) == (wanted.engines, wanted.serving)
         and (known.default or not wanted.default)
         and _generated_digests(record.models) == record.generated
     )
@@ -112,14 +116,18 @@ def _generated_digests(models: Sequence[ModelRecord]) -> dict[str, str]:
 
 def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
     """How each checkpoint of a repository appears in Triton. Raises ConfigError when two models would share a name."""
+    placements = placements_of(models)
     made = {
         model.name: Deployment(
             name=model.name,
             engine_name=model.serving.engine_name,
             prefixed=len(models) > 1,
             is_default=model.default,
-            engine_dir=ARTIFACTS.as_posix(),
-            instances=model.serving.instances,
+            engine_dir=FIRST_FOLDER,
+            instances=len(parse_instances(model.serving.instances)),
+            placements=placements[model.name],
+            session_affinity=model.serving.session_affinity,
+            reroute_after_s=model.serving.reroute_after_s,
             kv_memory=model.serving.kv_memory,
             host_kv_memory=model.serving.host_kv_memory,
             max_num_seqs=model.serving.max_num_seqs,
@@ -172,18 +180,22 @@ class Assembly:
                 " anew. Give your changes as options of the build, or overwrite them with --force"
             )
 
-    def write(self, root: Path, artifacts: Path) -> str:
-        """Write everything into `root`; `artifacts`, the engine directory of the wanted model, is moved there."""
+    def write(self, root: Path, artifacts: Mapping[str, Path]) -> str:
+        """Write everything into `root`; `artifacts`, the engine directories of the wanted model by their place in its
+        folder, are moved there."""
         generated: dict[str, str] = {}
         for name, deployment in self._deployments.items():
             for path in write_repository(root, deployment):
                 generated[path.relative_to(root).as_posix()] = file_digest(path)
-            target = root / engine_model_name(deployment) / ARTIFACTS
-            target.parent.mkdir(parents=True, exist_ok=True)
+            own = root / engine_model_name(deployment)
+            (own / FIRST_FOLDER).parent.mkdir(parents=True, exist_ok=True)
             if name == self._wanted.name:
-                os.rename(artifacts, target)
-            else:
-                link_or_copy(engine_dir(self._target, self._before.models, name), target)
+                for folder, made in artifacts.items():
+                    os.rename(made, own / folder)
+                continue
+            model = next(model for model in self.models if model.name == name)
+            for folder in dict.fromkeys(engine.folder for engine in model.engines):
+                link_or_copy(engine_dir(self._target, self._before.models, name, folder), own / folder)
         RepositoryRecord(models=self.models, generated=generated).write(root)
         names = sorted(path.parent.name for path in root.glob("*/config.pbtxt"))
         return f"{len(names)} models: {', '.join(names)}"

@@ -7,8 +7,8 @@ substitution; settings that a person may change by hand are `parameters` of the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from google.protobuf import text_format  # type: ignore[import-untyped]
@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from pageflight.core import wire
 from pageflight.core.errors import ConfigError
+from pageflight.core.placement import Placement, placements_text
 
 MAX_BATCH_SIZE = 64
 """Rows of one request to the batched models. Requests are never merged: the scheduler batches by itself."""
@@ -33,7 +34,8 @@ class Deployment:
     `prefixed`: the repository holds several checkpoints, so every model's name starts with `name`; `is_default` then
     says which of them owns the name `ensemble`. `engine_dir` is relative to the engine model's folder. `kv_memory` is
     bytes, 0 means computed from free memory; `host_kv_memory` too, 0 means none; `num_threads` 0 means all cores,
-    shared by the instances.
+    shared by the instances. `placements`: of the instances, whose `engine_dir` is relative to the engine model's folder
+    too; empty where they share the machine.
     """
 
     name: str
@@ -42,6 +44,9 @@ class Deployment:
     is_default: bool = True
     engine_dir: str = "1/artifacts"
     instances: int = 1
+    placements: tuple[Placement, ...] = ()
+    session_affinity: str = "none"
+    reroute_after_s: float = 10.0
     preprocessing_instances: int = 2
     postprocessing_instances: int = 1
     kv_memory: int = 0
@@ -73,6 +78,8 @@ class Deployment:
         for setting in ("instances", "preprocessing_instances", "postprocessing_instances"):
             if getattr(self, setting) < 1:
                 raise ConfigError(f"{setting}={getattr(self, setting)}: must be at least 1")
+        if len(self.placements) not in (0, self.instances):
+            raise ConfigError(f"instances={self.instances}: there are {len(self.placements)} placements")
         names = list(model_names(self).values())
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -108,9 +115,16 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "exclude_input_in_output": _flag(deployment.exclude_input_in_output),
         "default_max_tokens": str(deployment.default_max_tokens),
         "response_rate": str(deployment.response_rate),
+        "session_affinity": deployment.session_affinity,
+        "reroute_after_s": str(deployment.reroute_after_s),
     }
+    placements = [
+        replace(placement, engine_dir=str(PurePosixPath(names["engine"]) / placement.engine_dir))
+        for placement in deployment.placements
+    ]
     engine_settings = {
         **text_settings,
+        "placement": placements_text(placements),
         "kv_memory": str(deployment.kv_memory),
         "host_kv_memory": str(deployment.host_kv_memory),
         "max_num_seqs": str(deployment.max_num_seqs),
@@ -133,7 +147,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
     }
     if deployment.fake_engine:
         engine_settings["fake_engine"] = deployment.fake_engine
-    to_engine = {**text_settings, "engine_model": names["engine"]}
+    to_engine = {**text_settings, "engine_model": names["engine"], "engine_instances": str(deployment.instances)}
     configs = (
         _python_model(
             names["preprocessing"],
@@ -149,6 +163,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
             wire.ENGINE_OUTPUTS,
             engine_settings,
             instances=deployment.instances,
+            placements=deployment.placements,
             max_batch_size=MAX_BATCH_SIZE,
             decoupled=True,
         ),
@@ -225,17 +240,42 @@ def _python_model(
     parameters: Mapping[str, str],
     *,
     instances: int,
+    placements: Sequence[Placement] = (),
     max_batch_size: int = 0,
     decoupled: bool = False,
 ) -> model_config_pb2.ModelConfig:
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
     _add_tensors(config, inputs, outputs)
-    config.instance_group.add(count=instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    if placements:
+        _add_groups(config, placements)
+    else:
+        config.instance_group.add(count=instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     if decoupled:
         config.model_transaction_policy.decoupled = True
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     return config
+
+
+def _add_groups(config: model_config_pb2.ModelConfig, placements: Sequence[Placement]) -> None:
+    """A group for each instance, in their order. Triton places one on a GPU; sets of GPUs it has no words for.
+
+    The rate limiter's resources are the devices, one unit of each per instance, the same for all models.
+    """
+    group_kinds = model_config_pb2.ModelInstanceGroup
+    taken: set[str] = set()
+    for number, placement in enumerate(placements):
+        devices = placement.devices
+        name = devices.name if devices.name not in taken else f"{devices.name}_{number}"
+        taken.add(name)
+        group = config.instance_group.add(name=name, count=1, kind=group_kinds.KIND_CPU)
+        if devices.kind == "gpu":
+            group.kind = group_kinds.KIND_GPU if len(devices.numbers) == 1 else group_kinds.KIND_MODEL
+            group.gpus.extend(devices.numbers if len(devices.numbers) == 1 else ())
+        group.rate_limiter.priority = 1
+        resources = [f"{devices.kind}{index}" for index in devices.numbers] or [devices.kind]
+        for resource in resources:
+            group.rate_limiter.resources.add(name=resource, count=1, **{"global": True})
 
 
 def _ensemble(names: Mapping[str, str]) -> model_config_pb2.ModelConfig:

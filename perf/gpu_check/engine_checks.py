@@ -22,6 +22,8 @@ from perf.gpu_check.models import BLOCK_SIZE, random_model, weight_bytes
 
 MEMORY_SHARE = 0.85
 CONTEXT = 256  # of the rows whose step is timed
+IDLE_AFTER, IDLE_STEPS = 40, 64
+"""Steps before the trace of what the card does, when prompts and answers are mixed, and in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +171,11 @@ def throughput(
             scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
             count = load.num_requests if is_warm else min(load.num_requests, max_num_seqs)
             for handle in range(count):
-                prompt = tuple(chance.integers(2, config.vocab_size, load.num_prompt).tolist())
+                prompt = _prompt(chance, load, config.vocab_size)
                 sampling = SamplingParams(max_tokens=load.num_output if is_warm else 2 + handle % 96)
                 scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
             run = drive(scheduler, runner)
+        idle = _idle_share(card, runner, load, chance, max_num_tokens)
         lengths = {len(ids) for ids in run.ids.values()}
         assert lengths == {load.num_output} and len(run.ids) == count, f"answers of {lengths} tokens"
         yield {
@@ -185,10 +188,51 @@ def throughput(
             "steps": run.num_steps,
             "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
             "waited_share": round(run.waited_s / run.seconds, 3),
+            "gpu_idle_share": idle,
             "kv_blocks": runner.limits.num_blocks,
         }
         runner.close()
         del runner
+
+
+def _prompt(chance: np.random.Generator, load: Load, vocab_size: int) -> tuple[int, ...]:
+    return tuple(chance.integers(2, vocab_size, load.num_prompt).tolist())
+
+
+def _idle_share(
+    card: Card, runner: DeviceRunner, load: Load, chance: np.random.Generator, max_num_tokens: int
+) -> float | None:
+    """Of steps in the middle of such a load, as the driver's trace of kernels and copies has them; None on a CPU.
+
+    Tracing makes the host slower, so it is no less than without.
+    """
+    if not card.is_gpu:
+        return None
+    scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
+    for handle in range(runner.limits.max_num_seqs):
+        prompt = _prompt(chance, load, runner.limits.vocab_size)
+        sampling = SamplingParams(max_tokens=load.num_output)
+        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+    drive(scheduler, runner, num_steps=IDLE_AFTER)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        drive(scheduler, runner, num_steps=IDLE_STEPS)
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in trace.events()
+        if str(event.device_type).endswith("CUDA")
+    ]
+    return round(idle_share(spans), 3)
+
+
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """Of the time from the first begin to the last end: in how much of it nothing ran. Spans may overlap."""
+    busy, reached = 0.0, min(begin for begin, _ in spans)
+    whole = max(end for _, end in spans) - reached
+    for begin, end in sorted(spans):
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return 1.0 - busy / whole
 
 
 @dataclass(slots=True)
@@ -214,13 +258,13 @@ def make_scheduler(runner: DeviceRunner, *, max_num_tokens: int) -> Scheduler:
     return Scheduler(config, kv, vocab_size=limits.vocab_size)
 
 
-def drive(scheduler: Scheduler, runner: DeviceRunner) -> Driven:
-    """Until everything has ended, with a second step in flight whenever there is one to plan."""
+def drive(scheduler: Scheduler, runner: DeviceRunner, *, num_steps: int | None = None) -> Driven:
+    """Until everything has ended, or for so many steps, with a second one in flight whenever there is one to plan."""
     run = Driven({})
     in_flight: deque[StepPlan] = deque()
     begin_s = time.perf_counter()
     while scheduler.has_work or in_flight:
-        while len(in_flight) < runner.limits.max_in_flight:
+        while len(in_flight) < runner.limits.max_in_flight and run.num_steps + len(in_flight) != num_steps:
             plan = scheduler.plan(time.perf_counter())
             if plan is None:
                 break

@@ -13,10 +13,12 @@ from google.protobuf import json_format
 from pageflight.backend.engine import START_TIMEOUT_S, core_spec, supervision
 from pageflight.backend.settings import ModelSettings
 from pageflight.core.config import SchedulerConfig
+from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
+from pageflight_build.instances import parse_instances
 from pageflight_build.options import ServingOptions
-from pageflight_build.record import ModelRecord
+from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.repository import deployments
 from pageflight_build.triton_config import model_configs
 
@@ -52,9 +54,23 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(repository: Path, serving: ServingOptions = SERVING, **edited: str) -> ModelSettings:
-    """As Triton tells them to a stub; `edited` parameters were changed by hand."""
-    record = ModelRecord(name="x", checkpoint="c", engine_inputs="", serving=serving, default=True)
+def settings(
+    repository: Path,
+    serving: ServingOptions = SERVING,
+    *,
+    instance: str = "engine_0_0",
+    gpu: int | None = None,
+    **edited: str,
+) -> ModelSettings:
+    """As Triton tells them to the stub of `instance`, on a GPU or not; `edited` parameters were changed by hand."""
+    engines = (EngineRecord(folder="1/artifacts", inputs=""),) * len(parse_instances(serving.instances))
+    record = ModelRecord(
+        name="x",
+        checkpoint="c",
+        engines=engines,
+        serving=serving,
+        default=True,
+    )
     config = model_configs(deployments([record])["x"])["engine"]
     for name, value in edited.items():
         config.parameters[name].string_value = value
@@ -62,7 +78,9 @@ def settings(repository: Path, serving: ServingOptions = SERVING, **edited: str)
         "model_name": "engine",
         "model_version": "1",
         "model_repository": str(repository / "engine"),
-        "model_instance_name": "engine_0_0",
+        "model_instance_name": instance,
+        "model_instance_kind": "CPU" if gpu is None else "GPU",
+        "model_instance_device_id": str(gpu or 0),
         "model_config": json_format.MessageToJson(config, preserving_proto_field_name=True),
     }
     assert json.loads(arguments["model_config"])["parameters"]
@@ -109,3 +127,52 @@ def test_a_core_has_as_long_to_start_as_its_server_waits_for_it(repository: Path
     """The server waited half an hour for a large engine, and its supervisor killed the core after ten minutes."""
     config = supervision(settings(repository, hang_limit_s="77"))
     assert config.start_timeout_s == START_TIMEOUT_S and config.hang_limit_s == 77
+
+
+def test_each_instance_learns_its_own_devices(repository: Path) -> None:
+    """Triton calls an instance by its group's name and a number in it: every one took itself for the first."""
+    instances = "gpu1; gpu2,3; cpu:0-1 kv_memory=7; cpu:2 tensor_parallel=2"
+    serving = replace(SERVING, threads=0, tensor_parallel=1, instances=instances)
+    names = [("gpu1_0", 1), ("gpu2_3_0", None), ("cpu0-1_0", None), ("cpu2_0", None)]
+    found = [settings(repository, serving, instance=name, gpu=gpu) for name, gpu in names]
+    assert [one.instance for one in found] == [0, 1, 2, 3] and {one.num_instances for one in found} == {4}
+    specs = [core_spec(one) for one in found]
+    assert [str(spec.devices) for spec in specs] == ["gpu1", "gpu2,3", "cpu:0-1", "cpu:2"]
+    assert [spec.num_instances for spec in specs] == [1, 1, 2, 2], "memory of the machine is shared by two"
+    assert [spec.config.num_threads for spec in specs] == [0, 0, 2, 1]
+    assert [spec.config.tensor_parallel for spec in specs] == [1, 2, 1, 2], "every GPU of a set is a rank"
+    assert [spec.config.kv.memory_bytes for spec in specs] == [3 << 20, 3 << 20, 7, 3 << 20]
+
+
+def test_ranks_of_all_instances_do_not_fit_a_set_of_another_size(repository: Path) -> None:
+    """`tensor_parallel` 4 in config.pbtxt, and a GPU alone: three ranks had none."""
+    serving = replace(SERVING, tensor_parallel=4, instances="gpu1")
+    with pytest.raises(ConfigError, match="gpu1: tensor_parallel=4, but the set has 1 GPU"):
+        core_spec(settings(repository, serving, instance="gpu1_0", gpu=1))
+
+
+def test_instances_that_share_a_gpu_get_their_parts_of_it(repository: Path) -> None:
+    serving = replace(
+        SERVING, tensor_parallel=1, instances="gpu0 gpu_memory_utilization=0.25; gpu0 gpu_memory_utilization=0.5; gpu1"
+    )
+    parts = [
+        core_spec(settings(repository, serving, instance=name, gpu=gpu)).config.kv.gpu_memory_utilization
+        for name, gpu in [("gpu0_0", 0), ("gpu0_1_0", 0), ("gpu1_0", 1)]
+    ]
+    assert parts == [0.25, 0.5, SERVING.gpu_memory_utilization]
+
+
+def test_where_triton_places_an_instance_is_where_its_core_runs(repository: Path) -> None:
+    """`gpus: [0]` was edited into `gpus: [5]`, and the core went to GPU 0 nevertheless."""
+    serving = replace(SERVING, tensor_parallel=1, instances="gpu0")
+    spec = core_spec(settings(repository, serving, instance="gpu0_0", gpu=5))
+    assert spec.devices == DeviceSet("gpu", (5,))
+
+
+def test_a_placement_for_other_instances_is_refused(repository: Path) -> None:
+    serving = replace(SERVING, instances="cpu:0; cpu:1")
+    edited = settings(repository, serving, instance="cpu0_0", placement="cpu:0 engine_dir=x")
+    with pytest.raises(ConfigError, match="placement has 1 items, but there are 2 instances"):
+        core_spec(edited)
+    with pytest.raises(ConfigError, match="no single instance_group of cpu0, cpu1"):
+        settings(repository, serving, instance="cpu7_0")

@@ -26,7 +26,7 @@ class Front:
         self.error = error
         self.taken: list[Generation] = []
 
-    def submit(self, generation: Generation, sink: object) -> int:
+    def submit(self, generation: Generation, sink: object, session: str) -> int:
         if self.error is not None:
             raise self.error
         self.taken.append(generation)

@@ -17,7 +17,8 @@ from pageflight.cli.main import main
 from pageflight.cli.sampling_flags import SamplingFlags
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest, FileRecord
-from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions, parse_bytes, parse_capabilities
+from pageflight_build.amounts import parse_bytes, parse_capabilities
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 
 COMMANDS = ("build", "serve", "up", "generate", "chat", "plan", "inspect", "replay")
 
@@ -96,7 +97,9 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "kv_watermark": 0.5,
         "target_inter_token_ms": 12.0,
         "hang_limit_s": 11,
-        "instances": 2,
+        "instances": "cpu:0; cpu:1 dtype=int8",
+        "session_affinity": "prefix",
+        "reroute_after_s": 3.5,
         "threads": 3,
         "tensor_parallel": 4,
         "pipeline_parallel": 3,
@@ -171,6 +174,21 @@ def test_engine_options_out_of_range_are_refused_by_name(changes: dict[str, Any]
 
 
 @pytest.mark.parametrize("text", ["8", "sm_89", "89;120", "8.9.0.0"])
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({}, 256),
+        ({"max_num_seqs": 300}, 300),
+        ({"engine": "torch"}, 2048),
+        ({"engine": "tensorrt", "max_num_tokens": 512}, 512),
+    ],
+)
+def test_a_step_is_as_large_as_suits_the_engine(given: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    """A GPU got steps of 256 tokens, with which it waits for its memory."""
+    options = BuildFlags(name="x", **given).options(str(tmp_path), tmp_path / "repo")
+    assert options.serving.max_num_tokens == tokens
+
+
 def test_what_is_no_compute_capability_is_refused(text: str) -> None:
     """sm_89 was taken for no choice at all."""
     with pytest.raises(ConfigError, match=f"compute_capability='{text}'"):
@@ -184,7 +202,6 @@ def test_what_is_no_compute_capability_is_refused(text: str) -> None:
         "max_num_tokens",
         "max_queue_size",
         "hang_limit_s",
-        "instances",
         "tensor_parallel",
         "pipeline_parallel",
         "default_max_tokens",

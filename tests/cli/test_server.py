@@ -114,6 +114,11 @@ if mode == "fails":
           "ManifestMismatch: built for another machine; build again\\\\n\\\\nAt:\\\\n  x.py(3)\\"", flush=True)
     print("E1120 11:00:01.000000 7 repo.cc:1] \\"failed to load 'ensemble': depends on 'engine' which is not ready\\"")
     sys.exit(1)
+if mode == "lacks a GPU":
+    print("E1121 20:07:17.319709 26600 model_lifecycle.cc:642] \\"failed to load 'engine' version 1: Invalid argument: "
+          "instance group gpu3 of model engine specifies invalid or unsupported gpu id 3. GPUs with at least the "
+          "minimum required CUDA compute compatibility of 6.000000 are: " + note + "\\"", flush=True)
+    sys.exit(1)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
@@ -138,7 +143,7 @@ def fake(tmp_path: Path) -> Path:
     return path
 
 
-def start(fake: Path, mode: str, ports: Ports, note: Path) -> ServerProcess:
+def start(fake: Path, mode: str, ports: Ports, note: Path | str) -> ServerProcess:
     command = [sys.executable, str(fake), mode, str(ports.http), str(note)]
     return ServerProcess(command, dict(os.environ), ports, verbose=False)
 
@@ -151,6 +156,15 @@ def test_a_failed_start_gives_the_reason_and_not_its_consequences(fake: Path, tm
     message = str(error.value)
     assert "engine: ManifestMismatch: built for another machine; build again" in message
     assert "ensemble" not in message and "At:" not in message and "pinned" not in message
+
+
+@pytest.mark.parametrize(("seen", "shown"), [("", "none"), ("0, 1, ", "0, 1")])
+def test_a_server_without_the_gpu_of_an_instance_says_so(fake: Path, tmp_path: Path, seen: str, shown: str) -> None:
+    """tritonserver 2.51 spoke of compute compatibility, and listed nothing."""
+    process = start(fake, "lacks a GPU", free_ports(), seen)
+    with pytest.raises(ServerStartError) as error:
+        process.wait_ready(lambda text: None)
+    assert f"engine: instance gpu3: tritonserver has no GPU 3 (it sees {shown}); look at nvidia-smi" in str(error.value)
 
 
 def test_a_crash_of_the_server_itself_is_tried_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,13 @@ def play(pair: Sequence[Feature], stack: Stack, prompts: Prompts, reference: Ref
 def _ask_in_scene(stack: Stack, prompt: tuple[int, ...], options: dict[str, Any], scenes: frozenset[str]) -> Sender:
     """Send the request; what has to happen does so at the same step of the core each time."""
     core, asked_s, sender = stack.core, 0.0, None
-    act_at = core.runner.num_steps + ACT_AT
+    act_at, is_asked = core.runner.num_steps + ACT_AT, threading.Event()
 
     def before_step(number: int) -> None:
-        if number < act_at or sender is None:
+        if number < act_at:
             return
+        is_asked.wait(WAIT_S)  # on a busy machine the answer was over before this thread had noted who asks
+        assert sender is not None
         if "cancel" in scenes:
             sender.wants_to_cancel = not sender.is_over.is_set()
             sender.was_asked.wait(1.0)
@@ -109,6 +112,7 @@ def _ask_in_scene(stack: Stack, prompt: tuple[int, ...], options: dict[str, Any]
     core.runner.before_step = before_step if scenes & {"cancel", "deadline", "death"} else lambda number: None
     asking = stack.ask(prompt, options, _outputs(options))
     asked_s, sender = time.monotonic(), asking  # not before the front has it: its clock starts then
+    is_asked.set()
     if "death" in scenes:
         stack.begin_another_core()
     return asking

@@ -134,7 +134,7 @@ class Engine(EngineModel):
     """The model `engine` with its front; its core runs in this process."""
 
     def __init__(self, settings: ModelSettings, address: CoreAddress) -> None:
-        FrontModel.__init__(self, settings, address, tensors=wire.ENGINE_INPUTS)
+        FrontModel.__init__(self, settings, (address,), tensors=wire.ENGINE_INPUTS)
 
 
 class Core:

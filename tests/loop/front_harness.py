@@ -86,6 +86,9 @@ class Recorder:
     restarts: list[tuple[int, int]] = field(default_factory=list)
     """Restarts and replayed sequences, once for every core that took over."""
     num_poisoned: int = 0
+    instances: list[int] = field(default_factory=list)
+    """Where each request went, of several."""
+    num_rerouted: int = 0
 
     def first_token(self, seconds: float) -> None:
         assert seconds >= 0
@@ -111,6 +114,12 @@ class Recorder:
 
     def poisoned(self) -> None:
         self.num_poisoned += 1
+
+    def routed(self, instance: int) -> None:
+        self.instances.append(instance)
+
+    def rerouted(self, num_sequences: int) -> None:
+        self.num_rerouted += num_sequences
 
 
 def generation(

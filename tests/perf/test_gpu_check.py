@@ -18,6 +18,7 @@ from perf.gpu_check.models import SHAPES
 from perf.gpu_check.network_walk import WalkedSegments
 from perf.gpu_check.tensorrt_flavors import in_folder
 
+from pageflight.core.request import Request, SamplingParams
 from pageflight.kernels import gemm_int, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,23 @@ def test_layers_are_timed_and_captured_steps_compared() -> None:
         "graphs rtx input",
         "graphs rtx constant",
     ]
+
+
+def test_a_card_is_idle_where_nothing_runs() -> None:
+    """Kernels side by side were counted twice, and a card that waited half of the time was busy."""
+    assert engine_checks.idle_share([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (8.0, 10.0)]) == pytest.approx(0.3)
+    assert engine_checks.idle_share([(7.0, 9.0)]) == 0.0
+
+
+def test_a_run_can_stop_and_go_on() -> None:
+    """What is traced is the middle of a load: the steps before it and in it are counted, and none is left in flight."""
+    sizes = {"max_num_seqs": 2, "max_num_tokens": 16, "max_model_len": 24}
+    runner = engine_checks.make_runner(CARD, SHAPES["tiny"], "bf16", **sizes)
+    scheduler = engine_checks.make_scheduler(runner, max_num_tokens=8)
+    scheduler.submit(Request(handle=0, prompt_ids=(2, 3, 4), sampling=SamplingParams(max_tokens=5)), 0.0)
+    first = engine_checks.drive(scheduler, runner, num_steps=2)
+    second = engine_checks.drive(scheduler, runner)
+    assert first.num_steps == 2 and len(first.ids[0]) + len(second.ids[0]) == 5
 
 
 def test_measured_choices_are_written_where_kernels_look_them_up(

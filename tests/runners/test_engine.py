@@ -183,6 +183,14 @@ def test_a_changed_weight_file_is_refused_by_name(bench: Bench, tmp_path: Path, 
         load(engine)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("lowering", "says"), [("torch", "torch sees no GPU"), ("openvino", "openvino runs on CPUs")])
+def test_an_engine_for_a_gpu_does_not_start_on_the_processor(bench: Bench, lowering: str, says: str) -> None:
+    """The instance of a GPU that was gone answered from the processor, a hundred times slower, and nobody knew why."""
+    with pytest.raises(ConfigError, match=f"gpu2: the engine cannot run on it: {says}"):
+        load_engine(bench.engines[lowering], EngineConfig(), needs_gpu="gpu2")
+
+
 def test_settings_that_cannot_work_are_named(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="num_threads=-1"):
         load_engine(bench.engines["torch"], EngineConfig(num_threads=-1))

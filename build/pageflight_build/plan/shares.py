@@ -141,7 +141,7 @@ def _share(
 
 def _parts(config: DecoderConfig, dtype: str, group_size: int, holder: Holder, size: int) -> tuple[int, int, int, int]:
     """Bytes of one layer, the embedding, the final norm and the head (0: it is the embedding), of one of `size`."""
-    if size > 1:
+    if group_size and size > 1:
         group_size = gcd(group_size, config.q_size)  # where a rank's heads end within a group, it has smaller ones
     forms = weight_forms(replace(config, num_layers=1), dtype, group_size)
     rows = -(-config.vocab_size // size)

@@ -12,15 +12,16 @@ import msgspec
 import numpy as np
 
 from pageflight.backend import triton
-from pageflight.backend.front_model import FrontModel, core_address, read_settings
+from pageflight.backend.front_model import FrontModel, core_addresses, read_settings
 from pageflight.backend.generations import TokenWishes
 from pageflight.backend.inputs import Row, word_list
 from pageflight.backend.settings import ModelSettings
 from pageflight.core import wire
 from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy
+from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
 from pageflight.core.manifest import EngineManifest
-from pageflight.loop.address import instance_address
+from pageflight.core.placement import Placement, num_ranks
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.local import make_supervisor
 from pageflight.loop.sibling_stops import SiblingStops
@@ -42,19 +43,16 @@ CUT_OFF_S = 1.0
 
 
 class EngineModel(FrontModel):
-    """One instance: a supervised core and the front to it."""
+    """One instance: a supervised core, and the fronts to it and to those of the other instances."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        address = core_address(settings, settings.name)
-        self._supervisor = make_supervisor(core_spec(settings), address, config=supervision(settings))
+        addresses = core_addresses(settings, settings.name, settings.num_instances)
+        own = addresses[settings.instance]
+        self._supervisor = make_supervisor(core_spec(settings), own, config=supervision(settings))
         self._supervisor.start()
         try:
-            super().__init__(settings, address, tensors=wire.ENGINE_INPUTS, publishes_core=True)
-            folders = [
-                instance_address(settings.repository, settings.name, index, server_pid=settings.server_pid).folder
-                for index in range(settings.num_instances)
-            ]
-            self._stops = SiblingStops(folders, settings.instance, self.watch.cancel)
+            super().__init__(settings, addresses, tensors=wire.ENGINE_INPUTS, publishes_core=True)
+            self._stops = SiblingStops([address.folder for address in addresses], settings.instance, self.watch.cancel)
         except BaseException:
             self._supervisor.close(0.0)
             raise
@@ -129,7 +127,9 @@ def supervision(settings: ModelSettings) -> SupervisorConfig:
 
 def core_spec(settings: ModelSettings) -> CoreSpec:
     """What the core of this instance runs. Raises ManifestMismatch and ConfigError."""
-    manifest = EngineManifest.read(settings.engine_dir)
+    placement = settings.placement
+    engine_dir = settings.repository / placement.engine_dir
+    manifest = EngineManifest.read(engine_dir)
     fake = settings.parameters.get("fake_engine", "")
     try:
         fake_engine = msgspec.json.decode(fake, type=FakeEngine) if fake else None
@@ -138,14 +138,17 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
     tenants = settings.text("tenants")
     return CoreSpec(
         config=EngineConfig(
-            kv=_cache(settings, manifest.block_size),
+            kv=_cache(settings, placement, manifest.block_size),
             scheduler=_scheduler(settings, manifest.max_model_len),
-            num_threads=settings.number("num_threads", 0),
-            tensor_parallel=settings.number("tensor_parallel", 1),
+            num_threads=settings.number("num_threads", 0) or _num_cores(placement.devices),
+            tensor_parallel=num_ranks(
+                placement.devices, placement.tensor_parallel, settings.number("tensor_parallel", 1)
+            ),
             pipeline_parallel=settings.number("pipeline_parallel", 1),
         ),
-        engine_dir="" if fake_engine is not None else str(settings.engine_dir),
-        num_instances=settings.num_instances,
+        engine_dir="" if fake_engine is not None else str(engine_dir),
+        num_instances=settings.num_beside,
+        devices=placement.devices,
         fake=fake_engine,
         tenants_file=str(settings.repository / tenants) if tenants else "",
         instance=settings.instance,
@@ -153,15 +156,21 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
     )
 
 
-def _cache(settings: ModelSettings, block_size: int) -> KVConfig:
+def _num_cores(devices: DeviceSet) -> int:
+    """Of an instance that has its own; 0 for one that shares all."""
+    return len(devices.numbers) if devices.kind == "cpu" else 0
+
+
+def _cache(settings: ModelSettings, placement: Placement, block_size: int) -> KVConfig:
+    memory_bytes, utilization = placement.kv_memory, placement.gpu_memory_utilization
     return _made(
         KVConfig,
         settings,
         block_size=block_size,
-        memory_bytes=settings.number("kv_memory", 0),
+        memory_bytes=settings.number("kv_memory", 0) if memory_bytes is None else memory_bytes,
         prefix_cache=settings.flag("prefix_cache"),
         host_memory_bytes=settings.number("host_kv_memory", 0),
-        gpu_memory_utilization=settings.real("gpu_memory_utilization"),
+        gpu_memory_utilization=settings.real("gpu_memory_utilization") if utilization is None else utilization,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast, get_args
 
 from pageflight.backend import triton
 from pageflight.backend.answer import Answer, AnswerForm, Reply
@@ -18,11 +19,12 @@ from pageflight.backend.options import Options
 from pageflight.backend.settings import ModelSettings
 from pageflight.backend.shutdown import Shutdown
 from pageflight.core import wire
-from pageflight.core.errors import InvalidArgument, PageflightError, Unsupported
+from pageflight.core.config import SessionAffinity
+from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError, Unsupported
 from pageflight.core.manifest import EngineManifest
 from pageflight.loop.address import CoreAddress, instance_address
-from pageflight.loop.front import Front
 from pageflight.loop.open_sequence import Generation
+from pageflight.loop.router import Router, Routing
 from pageflight.obs.core_metrics import CoreMetrics
 from pageflight.obs.metrics import MetricsFlusher, RequestMetrics, ServingObserver
 from pageflight.text.tokenizer import Tokenizer
@@ -42,9 +44,24 @@ def read_settings(args: Mapping[str, str]) -> ModelSettings:
     return ModelSettings.read(args)
 
 
-def core_address(settings: ModelSettings, engine_model: str) -> CoreAddress:
-    """Where instance i of every model of a checkpoint meets core i."""
-    return instance_address(settings.repository, engine_model, settings.instance, server_pid=settings.server_pid)
+def core_addresses(settings: ModelSettings, engine_model: str, num_instances: int) -> tuple[CoreAddress, ...]:
+    """Where every model of a checkpoint meets the cores of its engine model."""
+    return tuple(
+        instance_address(settings.repository, engine_model, instance, server_pid=settings.server_pid)
+        for instance in range(num_instances)
+    )
+
+
+def routing_of(settings: ModelSettings, num_instances: int) -> Routing:
+    """How this instance spreads requests over so many cores. Raises ConfigError."""
+    reroute_after_s = settings.real("reroute_after_s")
+    if not 0 <= reroute_after_s < float("inf"):
+        raise ConfigError(f"config.pbtxt of {settings.name}: reroute_after_s={reroute_after_s}: must be at least 0")
+    return Routing(
+        home=settings.instance % num_instances,
+        session_affinity=cast(SessionAffinity, settings.choice("session_affinity", get_args(SessionAffinity))),
+        reroute_after_s=reroute_after_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +92,19 @@ class FrontModel(ABC):
     """One instance of a Triton model with a front. Subclasses say what their inputs mean (`prompt_of`)."""
 
     _ledger: Ledger | None = None
+    _goes_by_correlation = False
 
     def __init__(
         self,
         settings: ModelSettings,
-        address: CoreAddress,
+        addresses: Sequence[CoreAddress],
         *,
         tensors: Sequence[wire.Tensor],
         may_stream: bool = True,
         publishes_core: bool = False,
     ) -> None:
-        """`tensors`: the inputs, the prompt first. Returns before the core is ready.
+        """`addresses`: of all cores of the engine model. `tensors`: the inputs, the prompt first. Returns before a core
+        is ready.
 
         Raises ManifestMismatch, CheckpointError, ConfigError.
         """
@@ -106,12 +125,15 @@ class FrontModel(ABC):
         core = None
         if publishes_core:
             instance = {"instance": str(settings.instance)} if settings.num_instances > 1 else {}
-            core = CoreMetrics(exporter, {**labels, **instance}, is_ready=lambda: self.front.is_ready)
+            core = CoreMetrics(exporter, {**labels, **instance}, is_ready=lambda: self.front.home_is_ready)
         self._flusher = MetricsFlusher((requests, core) if core is not None else (requests,))
-        self.front = Front(
-            address,
+        routing = routing_of(settings, len(addresses))
+        self._goes_by_correlation = routing.session_affinity == "correlation"
+        self.front = Router(
+            addresses,
             self.builder.tokenizer,
             ServingObserver(requests, core),
+            routing=routing,
             response_rate=settings.number("response_rate", 0),
             is_ending=self.shutdown.has_begun,
         )
@@ -147,7 +169,7 @@ class FrontModel(ABC):
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be computed at once: there is a core, and the server is not about to end."""
+        """Whether a request would be computed at once: some core answers, and the server is not about to end."""
         return self.front.is_ready
 
     def close(self) -> None:
@@ -173,6 +195,7 @@ class FrontModel(ABC):
         rows = list(rows_of(request, is_batched=self.settings.is_batched))
         requested = frozenset(request.requested_output_names())
         reply.expect(len(rows))
+        session = self._session(request, parameters)
         jobs = [self._job(row, request, parameters, requested, reply, len(rows)) for row in rows]
         submitted: list[int] = []
 
@@ -183,13 +206,19 @@ class FrontModel(ABC):
         try:
             for job in jobs:
                 try:
-                    submitted.append(self.front.submit(job.generation, job.answer.take))
+                    submitted.append(self.front.submit(job.generation, job.answer.take, session))
                 except InvalidArgument as error:
                     raise as_spelt(error, job.spellings) from None
         except PageflightError:
             cancel()
             raise
         self.watch.add(reply, request.request_id(), cancel)
+
+    def _session(self, request: triton.TritonRequest, parameters: Mapping[str, object]) -> str:
+        """What the client calls the conversation: Triton's correlation id, which `generate` has as a parameter."""
+        if not self._goes_by_correlation:
+            return ""
+        return str(request.correlation_id() or parameters.get("sequence_id") or "")
 
     def _job(
         self,

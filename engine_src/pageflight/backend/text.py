@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from pageflight.backend import triton
-from pageflight.backend.front_model import FrontModel, core_address, read_settings
+from pageflight.backend.front_model import FrontModel, core_addresses, read_settings
 from pageflight.backend.generations import TokenWishes
 from pageflight.backend.inputs import Row
 from pageflight.backend.options import as_text
@@ -17,11 +17,12 @@ _INPUT = "text_input"
 
 
 class TextModel(FrontModel):
-    """Text in, text out, on the core that the engine model of the same instance number owns."""
+    """Text in, text out, on the cores of the engine model: by default on that of the same instance number."""
 
     def __init__(self, settings: ModelSettings, *, may_stream: bool) -> None:
-        address = core_address(settings, settings.text("engine_model"))
-        super().__init__(settings, address, tensors=wire.TEXT_INPUTS, may_stream=may_stream)
+        num_cores = settings.number("engine_instances", 1)
+        addresses = core_addresses(settings, settings.text("engine_model"), num_cores)
+        super().__init__(settings, addresses, tensors=wire.TEXT_INPUTS, may_stream=may_stream)
 
     def prompt_of(self, row: Row) -> tuple[tuple[int, ...], TokenWishes, Callable[[], str]]:
         text = as_text(_INPUT, row.text(_INPUT))

@@ -8,19 +8,20 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from pageflight.core.config import KVAdmission, SchedulingPolicy
+from pageflight.core.config import KVAdmission, SchedulingPolicy, SessionAffinity
 from pageflight.core.tenants import read_tenants
+from pageflight_build.amounts import parse_bytes, parse_capabilities
+from pageflight_build.instances import instances_text, parse_instances
 from pageflight_build.options import (
     DTYPES,
     ENGINES,
     FLAVORS,
     KV_DTYPES,
+    STEP_TOKENS,
     WEIGHTS,
     BuildOptions,
     EngineOptions,
     ServingOptions,
-    parse_bytes,
-    parse_capabilities,
 )
 from pageflight_build.source import default_name, resolve_checkpoint
 
@@ -106,8 +107,13 @@ class BuildFlags:
         int, typer.Option(help="Sequences that run at once, per instance.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_num_seqs
     max_num_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step: prompt chunks and decode together.", rich_help_panel=_SERVING)
-    ] = _SERVING_DEFAULTS.max_num_tokens
+        int,
+        typer.Option(
+            help="Tokens of one step: prompt chunks and decode together. 0 chooses by --engine:"
+            f" {', '.join(f'{tokens} for {engine}' for engine, tokens in STEP_TOKENS.items())}.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = 0
     max_queue_size: Annotated[
         int, typer.Option(help="Requests that may wait; more are refused with UNAVAILABLE.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.max_queue_size
@@ -165,8 +171,28 @@ class BuildFlags:
         ),
     ] = _SERVING_DEFAULTS.hang_limit_s
     instances: Annotated[
-        int, typer.Option(help="Engine instances, each with its own core process and cache.", rich_help_panel=_SERVING)
+        str,
+        typer.Option(
+            help='Engine instances, each with its own core process and cache: how many, or their devices, as in "gpu0;'
+            ' gpu1 dtype=bf16; cpu:0-3 engine=openvino" (see docs/instances.md).',
+            rich_help_panel=_SERVING,
+        ),
     ] = _SERVING_DEFAULTS.instances
+    session_affinity: Annotated[
+        str,
+        typer.Option(
+            help=f"Requests that go to one instance: {', '.join(get_args(SessionAffinity))} (those with the same"
+            " beginning, or the same correlation id).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.session_affinity
+    reroute_after_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that sequences wait for their instance's next core before another instance takes them.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.reroute_after_s
     threads: Annotated[
         int, typer.Option(help="Compute threads per instance; 0 shares all cores.", rich_help_panel=_SERVING)
     ] = _SERVING_DEFAULTS.threads
@@ -251,7 +277,7 @@ class BuildFlags:
                 kv_memory=parse_bytes(self.kv_memory),
                 host_kv_memory=parse_bytes(self.host_kv_memory),
                 max_num_seqs=self.max_num_seqs,
-                max_num_tokens=self.max_num_tokens,
+                max_num_tokens=self.max_num_tokens or max(STEP_TOKENS[self.engine], self.max_num_seqs),
                 max_queue_size=self.max_queue_size,
                 max_queue_tokens=self.max_queue_tokens,
                 scheduling_policy=cast(SchedulingPolicy, self.scheduling_policy),
@@ -262,7 +288,9 @@ class BuildFlags:
                 kv_watermark=self.kv_watermark,
                 target_inter_token_ms=self.target_inter_token_ms,
                 hang_limit_s=self.hang_limit_s,
-                instances=self.instances,
+                instances=instances_text(parse_instances(self.instances)),
+                session_affinity=cast(SessionAffinity, self.session_affinity),
+                reroute_after_s=self.reroute_after_s,
                 threads=self.threads,
                 tensor_parallel=self.tensor_parallel,
                 pipeline_parallel=self.pipeline_parallel,

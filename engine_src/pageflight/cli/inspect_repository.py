@@ -48,7 +48,7 @@ def find_engines(repository: Path) -> list[Path]:
     """Engine directories under `repository`. Raises CommandError when there is none."""
     if (repository / MANIFEST_NAME).is_file():
         return [repository]
-    found = sorted(path.parent for path in repository.glob(f"*/*/artifacts/{MANIFEST_NAME}"))
+    found = sorted(path.parent for path in repository.glob(f"*/*/artifacts*/{MANIFEST_NAME}"))
     if not found:
         raise CommandError(
             f"{repository} holds no engine; build one: pageflight build CHECKPOINT --repository {repository}"
@@ -57,8 +57,9 @@ def find_engines(repository: Path) -> list[Path]:
 
 
 def engine_named(repository: Path, name: str | None) -> Path:
-    """The engine directory of model `name`, or the only one. Raises CommandError naming the choices."""
-    engines = {EngineManifest.read(folder).name: folder for folder in find_engines(repository)}
+    """The engine directory of model `name`, or the only one; the first of a model whose instances have several. Raises
+    CommandError naming the choices."""
+    engines = {EngineManifest.read(folder).name: folder for folder in reversed(find_engines(repository))}
     if name is None and len(engines) == 1:
         return next(iter(engines.values()))
     if name not in engines:

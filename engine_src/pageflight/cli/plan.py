@@ -16,6 +16,7 @@ from pageflight.kv.capacity import free_memory
 from pageflight.models.families import read_config
 from pageflight.quant.forms import DTYPES
 from pageflight_build.machine import cpu_flags, default_dtype
+from pageflight_build.options import STEP_TOKENS
 from pageflight_build.plan.cards import Card, Cards, parse_cards
 from pageflight_build.plan.demand import (
     KV_BYTES,
@@ -63,7 +64,7 @@ def plan(
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once, as for a build.")] = (
         _DEMAND.max_num_seqs
     ),
-    max_num_tokens: Annotated[int, typer.Option(help="Tokens of one step, as for a build.")] = _DEMAND.max_num_tokens,
+    max_num_tokens: Annotated[int, typer.Option(help="Tokens of one step, as for a build.")] = 0,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU's memory for weights, one step and the K/V cache together.")
     ] = _DEMAND.gpu_memory_utilization,
@@ -97,6 +98,7 @@ def plan(
     dtype = dtype or native
     kv_dtype = kv_dtype or (default_kv_dtype(dtype) if native == "bf16" else "fp32")
     check_dtypes(dtype, kv_dtype)
+    engine = "openvino" if cards is not None and cards.card.kind == "cpu" else "torch"
     demand = Demand(
         dtype=dtype,
         kv_dtype=kv_dtype,
@@ -104,7 +106,7 @@ def plan(
         context=check_context(config, context),
         concurrency=concurrency,
         max_num_seqs=max_num_seqs,
-        max_num_tokens=max_num_tokens,
+        max_num_tokens=max_num_tokens or max(STEP_TOKENS[engine], max_num_seqs),
         gpu_memory_utilization=gpu_memory_utilization,
     )
     made = make_plan(config, demand, cards, checkpoint_bytes=_weight_files_bytes(folder))

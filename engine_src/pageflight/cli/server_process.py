@@ -30,6 +30,7 @@ _HOPELESS_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _FAILED = re.compile(r"failed to load '([^']+)'(?: version \d+)?: (.*)")
 _PREFIX = re.compile(r"^[EWIF]\d{4} [\d:.]+ \d+ \S+:\d+\] ?")
+_NO_GPU = re.compile(r"instance group (\S+) of model \S+ specifies invalid or unsupported gpu id (\d+)\..* are: *(.*)")
 _CONSEQUENCES = ("which is not ready", "no available versions", "depends on")
 
 
@@ -198,6 +199,12 @@ class ServerProcess:
                 reason = match[2].split("\\n", 1)[0].strip(' "')
                 for wrapping in ("Internal: ", "TritonModelException: "):
                     reason = reason.removeprefix(wrapping)
+                if no_gpu := _NO_GPU.search(reason):
+                    group, number, seen = no_gpu.groups()
+                    reason = (
+                        f"instance {group}: tritonserver has no GPU {number} (it sees {seen.strip(' ,') or 'none'});"
+                        " look at nvidia-smi and CUDA_VISIBLE_DEVICES, or build with other --instances"
+                    )
                 models.setdefault(reason, []).append(match[1])
         if models:
             listed = "\n  ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in models.items())

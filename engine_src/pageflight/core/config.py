@@ -10,6 +10,7 @@ from pageflight.core.tenants import Tenants
 
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 KVAdmission = Literal["forecast", "optimistic", "reserve"]
+SessionAffinity = Literal["none", "prefix", "correlation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+
 from pageflight.core.errors import QueueFull
 from pageflight.loop.deadlines import Deadlines
 from pageflight.loop.frames import CoreLimits
 from pageflight.loop.open_sequence import OpenSequence
+
+
+class Handles:
+    """Numbers of sequences, each given once: fronts that share them can hand sequences to each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0
+
+    def take(self, count: int) -> int:
+        """The first of so many in a row."""
+        with self._lock:
+            first, self._next = self._next, self._next + count
+        return first
 
 
 class Book:
@@ -16,13 +32,6 @@ class Book:
         self.groups: dict[int, list[OpenSequence]] = {}
         """What is open of each generation."""
         self._deadlines = Deadlines(self.groups.__contains__)
-        self._next_handle = 0
-
-    def take_handles(self, count: int) -> int:
-        """The first of so many handles in a row."""
-        first = self._next_handle
-        self._next_handle += count
-        return first
 
     def check_room(self, count: int, limits: CoreLimits) -> None:
         """While no core answers, its front keeps the limit of its queue. Raises QueueFull."""
@@ -31,12 +40,12 @@ class Book:
             raise QueueFull(max(0, num_queued), limits.max_queue_size)
 
     def add(self, sequences: list[OpenSequence]) -> None:
-        """The sequences of one generation."""
-        leader = sequences[0]
+        """The sequences of one generation, those that are open."""
+        first = sequences[0]
         self.open.update((sequence.handle, sequence) for sequence in sequences)
-        self.groups[leader.handle] = sequences
-        if leader.deadline_s is not None:
-            self._deadlines.add(leader.deadline_s, leader.handle)
+        self.groups.setdefault(first.leader, []).extend(sequences)
+        if first.deadline_s is not None:
+            self._deadlines.add(first.deadline_s, first.leader)
 
     def remove(self, sequence: OpenSequence) -> bool:
         """False if it has been removed already."""

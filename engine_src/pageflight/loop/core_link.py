@@ -30,6 +30,8 @@ class CoreLink:
         self.epoch: int | None = None
         """Of the core that takes commands; None while there is none."""
         self.last_epoch: int | None = None
+        self.is_leaving = False
+        """It finishes what it has and takes nothing new."""
         self.lost_s: float | None = None
         """When the last core went."""
         self._base = 0  # between this front's numbers and those of the core of `last_epoch`
@@ -44,8 +46,13 @@ class CoreLink:
 
     @property
     def answers(self) -> bool:
-        """Whether there is a core and it has spoken lately: one that hangs keeps its sockets open."""
-        return self.epoch is not None and time.monotonic() - self._heard_s <= self._patience_s
+        """Whether there is a core that takes requests and has spoken lately: one that hangs keeps its sockets open."""
+        return self.epoch is not None and not self.is_leaving and time.monotonic() - self._heard_s <= self._patience_s
+
+    @property
+    def absent_s(self) -> float:
+        """For how long the last core has been gone; 0 while there is one, or was none."""
+        return time.monotonic() - self.lost_s if self.epoch is None and self.lost_s is not None else 0.0
 
     # ---- commands
 
@@ -71,6 +78,7 @@ class CoreLink:
         """Another core takes commands, or the same one over another connection."""
         self.epoch = self.last_epoch = hello.epoch
         self._base, self.limits = hello.front_base, hello.limits
+        self.is_leaving = False
         self._unconfirmed.clear()
         self._num_confirmed = 0
         self._heard_s, self._patience_s = time.monotonic(), SILENT_AFTER_S

@@ -24,6 +24,7 @@ import msgspec
 
 from pageflight import __version__
 from pageflight.core.config import EngineConfig
+from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError, PageflightError, RankLost
 from pageflight.core.parent import die_with
 from pageflight.core.plan import StepPlan, StepResult
@@ -71,7 +72,9 @@ class CoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig
     engine_dir: str = ""
     num_instances: int = 1
-    """Cores that share this machine's memory and compute cores."""
+    """Cores that share this machine's memory and compute cores, or the GPU where `devices` are any."""
+    devices: DeviceSet = DeviceSet()
+    """What it has to itself: who starts it gives it these (`loop.devices`)."""
     fake: FakeEngine | None = None
     tenants_file: str = ""
     """Where the shares of tenants stand; empty: those of the configuration."""
@@ -132,7 +135,8 @@ def main() -> int:
         else:
             log.exception("the engine core ends")
         reporter.send(_last_words(error))
-        return 1
+        logging.shutdown()
+        os._exit(1)  # what a device still does, or waits for, must not hold up the next core
     return 0
 
 
@@ -177,7 +181,13 @@ def _load(spec: CoreSpec, on_loss: Callable[[PageflightError], None]) -> tuple[R
         # The runner brings the model's libraries with it; a fake core does without them.
         from pageflight.runners.factory import load_engine
 
-        runner = load_engine(Path(spec.engine_dir), config, num_instances=spec.num_instances, on_loss=on_loss).runner
+        runner = load_engine(
+            Path(spec.engine_dir),
+            config,
+            num_instances=spec.num_instances,
+            on_loss=on_loss,
+            needs_gpu=str(spec.devices) if spec.devices.kind == "gpu" else "",
+        ).runner
     else:
         raise ConfigError("neither an engine directory nor a fake engine was named")
     limits = runner.limits
@@ -263,7 +273,7 @@ def _serve(
         if recorder is not None:
             recorder.close()
         mailbox.close(linger_s)
-        runner.close()
+    runner.close()  # not after a failure: a device may be waiting for ranks that are gone, and would be waited for
 
 
 def _scheduler(spec: CoreSpec, config: EngineConfig, vocab_size: int, recorder: Recorder | None) -> Scheduler:

@@ -17,7 +17,7 @@ from pageflight.core.errors import Draining, EngineLost, InvalidArgument, Pagefl
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress
-from pageflight.loop.book import Book
+from pageflight.loop.book import Book, Handles
 from pageflight.loop.client import CoreClient, Disconnected
 from pageflight.loop.core_link import CoreLink, admission_of
 from pageflight.loop.deaths import read_deaths
@@ -39,7 +39,7 @@ from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops,
 from pageflight.loop.outbox import Outbox
 from pageflight.loop.pacing import Pacing
 from pageflight.loop.supervision import Supervision
-from pageflight.loop.takeover import original_of
+from pageflight.loop.takeover import original_of, replays
 from pageflight.loop.verdicts import Verdicts
 
 __all__ = ["Front", "Generation", "Observer", "Sink"]
@@ -64,10 +64,21 @@ class Front:
         *,
         response_rate: int | None = None,
         is_ending: Callable[[], bool] = lambda: False,
+        handles: Handles | None = None,
+        elsewhere: Callable[[Front, list[OpenSequence]], bool] | None = None,
+        reroute_after_s: float = 0.0,
     ) -> None:
-        """`response_rate`: see `Pacing`. `is_ending` is asked with every request: whether to refuse it (Draining)."""
+        """`response_rate`: see `Pacing`. `is_ending` is asked with every request: whether to refuse it (Draining).
+
+        `elsewhere` has another front, with the same `handles`, `adopt` the open sequences of a generation and this one
+        `release` them, and says whether it did. It is asked by the response thread when no core will come, and while
+        none has come for `reroute_after_s`.
+        """
         self._address, self._text, self._observer = address, text, observer
         self._is_ending = is_ending
+        self._handles = handles or Handles()
+        self._elsewhere, self._reroute_after_s = elsewhere, reroute_after_s
+        self._judged_epoch: int | None = None  # of the last core whose death was counted
         self._outbox = Outbox(Pacing(response_rate), self._cancel_unheard)
         self._client = CoreClient(address)
         self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
@@ -98,13 +109,32 @@ class Front:
         return self._core.answers and not self._draining and not self._is_ending()
 
     @property
+    def answers(self) -> bool:
+        """Whether there is a core and it has spoken lately."""
+        return self._core.answers
+
+    @property
+    def has_met(self) -> bool:
+        """Whether a core has been ready: its limits are known."""
+        return self._core.limits is not None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no core will come, as far as is known."""
+        return self._lost is not None
+
+    @property
     def num_open(self) -> int:
         """Sequences without their final event."""
         return len(self._book.open)
 
+    def settles(self, timeout_s: float) -> bool:
+        """Whether within that time the core is ready, or lost."""
+        return self._settled.wait(timeout_s)
+
     def wait_ready(self, timeout_s: float) -> None:
         """Block until the core is ready. Raises the typed error that keeps it from starting, or EngineLost."""
-        settled = self._settled.wait(timeout_s)
+        settled = self.settles(timeout_s)
         if self._lost is not None:
             raise self._lost
         if not settled:
@@ -127,8 +157,7 @@ class Front:
         stops = SharedStops.of(generation)
         limits, num_sequences = self.limits, generation.sampling.n
         admission_of(limits).admit(request_of(generation, handle=0))
-        with self._lock:
-            leader = self._book.take_handles(num_sequences)
+        leader = self._handles.take(num_sequences)
         sequences = [
             OpenSequence(generation, sink, stops, self._text, leader=leader, index=index)
             for index in range(num_sequences)
@@ -160,6 +189,31 @@ class Front:
                     sequence.ending = "cancelled"
                     handles.append(sequence.handle)
             self._let_go(handles)
+
+    def adopt(self, sequences: list[OpenSequence]) -> bool:
+        """Carry on with the open sequences of a generation that another front has; whether this one can. Their owner
+        must not touch them any more."""
+        with self._lock:
+            if self._stopping or self._lost is not None or not self._core.answers:
+                return False
+            requests = list(replays([sequences]))
+            try:
+                for request, _ in requests:
+                    admission_of(self.limits).admit(request)
+            except InvalidArgument:
+                return False
+            self._book.add(list(sequences))
+            for request, some in requests:
+                self._core.submit(request, some)
+        return True
+
+    def release(self, sequences: list[OpenSequence]) -> None:
+        """Forget sequences that another front has adopted."""
+        with self._lock:
+            for sequence in sequences:
+                self._book.remove(sequence)
+            if not self._book.open:
+                self._idle.notify_all()
 
     def cut_off(self) -> None:
         """End everything that is open, as `Draining`: the server cannot wait any longer."""
@@ -199,6 +253,8 @@ class Front:
                     loss = self._supervision.loss(self._core.lost_s)
                     if loss is not None:
                         self._give_up(loss)
+                    elif self._core.absent_s > self._reroute_after_s:
+                        self._reroute()
         except BaseException as error:
             log.exception("the response thread failed")
             self._give_up(EngineLost(f"the front failed: {type(error).__name__}"))
@@ -319,7 +375,12 @@ class Front:
         if leader is None:
             return
         error = error_from_wire(message.error, message.message)
+        if isinstance(error, Draining) and self._elsewhere is not None and not (self._draining or self._is_ending()):
+            self._core.is_leaving = True  # alone, its model being loaded again: what it refused waits for the next
+            return
         if leader.is_known and isinstance(error, InvalidArgument):  # it was valid for the core that accepted it
+            if self._elsewhere is not None and leader.alone and self._elsewhere(self, [leader]):
+                return
             error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
         self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
@@ -346,17 +407,11 @@ class Front:
         if hello.protocol != PROTOCOL:
             return self._give_up(EngineLost(f"engine core speaks protocol {hello.protocol}, this front {PROTOCOL}"))
         is_restart = self._core.last_epoch is not None
-        for sequence in list(self._book.open.values()):
-            reason = sequence.ended_by_itself()
-            if sequence.ending is None and reason is not None:
-                self._finish(sequence, "", reason, None)
-        death = read_deaths(self._address.deaths).get(self._core.last_epoch or 0)
+        self._judge()
         with self._lock:
-            if death is not None:
-                self._verdicts.count(death, self._book.groups)
             self._lost = None
             self._core.meet(hello)
-            for request, sequences in self._verdicts.requests(self._book.groups, self._book.take_handles(1)):
+            for request, sequences in self._verdicts.requests(self._book.groups, self._handles.take(1)):
                 self._core.submit(request, sequences)
             # What was cancelled until now the core will never hear of; what is from now on, it is told.
             decided = [sequence for sequence in self._book.open.values() if sequence.ending is not None]
@@ -368,6 +423,33 @@ class Front:
             log.warning("another engine core took over: %d sequences continue", num_open)
         if is_restart or num_restarts:
             self._observer.restarted(num_restarts, num_open if is_restart else 0)
+
+    def _judge(self) -> None:
+        """What was complete when the last core died has ended; against the rest its death is counted, once."""
+        for sequence in list(self._book.open.values()):
+            reason = sequence.ended_by_itself()
+            if sequence.ending is None and reason is not None:
+                self._finish(sequence, "", reason, None)
+        epoch = self._core.last_epoch
+        death = read_deaths(self._address.deaths).get(epoch or 0)
+        if death is not None and epoch != self._judged_epoch:
+            self._judged_epoch = epoch
+            with self._lock:
+                self._verdicts.count(death, self._book.groups)
+
+    def _reroute(self) -> None:
+        """Other cores carry on with what is open, as far as they take it. What may have killed this one stays."""
+        if self._elsewhere is None or not self._book.open:
+            return
+        self._judge()
+        with self._lock:
+            groups = [list(group) for group in self._book.groups.values()]
+        for group in groups:
+            moved = [s for s in group if s.ending is None and not self._verdicts.is_guilty(s)]
+            for sequence in moved:
+                self._outbox.tell_held(sequence)
+            if moved:
+                self._elsewhere(self, moved)
 
     def _convict(self) -> None:
         """The engine works, so what has killed it is to blame."""
@@ -386,6 +468,7 @@ class Front:
         with self._lock:
             self._lost = error
             self._core.lose()
+        self._reroute()
         for sequence in list(self._book.open.values()):
             self._finish(sequence, "", "error", None, self._loss)
         self._settled.set()

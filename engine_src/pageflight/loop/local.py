@@ -12,6 +12,7 @@ from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
 from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, core_command
+from pageflight.loop.devices import cores_of, environment_of
 from pageflight.loop.front import Front
 from pageflight.loop.observer import Observer, SilentObserver
 from pageflight.loop.open_sequence import TextSource
@@ -23,14 +24,20 @@ from pageflight.text.tokenizer import Tokenizer
 def make_supervisor(
     spec: CoreSpec, address: CoreAddress, *, python: str = "", config: SupervisorConfig | None = None
 ) -> Supervisor:
-    """A supervisor (not started yet) of a core that runs `spec` with the interpreter and modules of this process."""
+    """A supervisor (not started yet) of a core that runs `spec` on its devices, with interpreter and modules of this
+    process. Raises ConfigError for devices that are not here."""
     python = python or find_python()
     # The core must find what this process has found, wherever its path was set (a stub's is set by Triton).
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        **environment_of(spec.devices, os.environ),
+    }
     return Supervisor(
         lambda report_fd, trace_fd, cache: core_command(python, spec, address, report_fd, trace_fd, cache),
         address,
         environment=environment,
+        cores=cores_of(spec.devices),
         config=config,
     )
 

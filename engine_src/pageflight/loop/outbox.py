@@ -42,6 +42,11 @@ class Outbox:
         """Its news goes out with its final event."""
         self._held.pop(sequence, None)
 
+    def tell_held(self, sequence: OpenSequence) -> None:
+        """What is kept back of a stream goes out now."""
+        if sequence in self._held:
+            self._tell(sequence, time.monotonic_ns())
+
     def tell_overdue(self) -> None:
         """Text whose stream stands still, for whatever reason, does not wait for its next token."""
         if not self._held:

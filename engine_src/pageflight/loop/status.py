@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from pageflight.core.errors import PageflightError
+from pageflight.loop.address import process_exists
 from pageflight.loop.frames import error_from_wire
 
 State = Literal["starting", "ready", "restarting", "lost", "closed"]
@@ -26,6 +27,11 @@ class CoreStatus(msgspec.Struct, frozen=True, kw_only=True):
     progress: str = ""
     error: str = ""  # class name of the error that ended the last core, or kept it from starting
     message: str = ""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the supervisor that said so lives."""
+        return process_exists(self.supervisor_pid)
 
     @property
     def failure(self) -> PageflightError | None:

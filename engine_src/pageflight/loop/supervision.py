@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pageflight.core.errors import EngineLost, PageflightError
-from pageflight.loop.address import CoreAddress, process_exists
+from pageflight.loop.address import CoreAddress
 from pageflight.loop.status import read_status
 
 _NO_SUPERVISOR_LIMIT_S = 30.0
@@ -22,7 +22,7 @@ class Supervision:
     def loss(self, waiting_since_s: float | None) -> PageflightError | None:
         """Why no core will come; None while one may. `waiting_since_s`: since when there is none, if there was one."""
         status = read_status(self._address.status)
-        if status is None or not process_exists(status.supervisor_pid):
+        if status is None or not status.is_current:
             # A front may come up before its supervisor; and one that had a core waits a moment for a new supervisor.
             if waiting_since_s is not None and time.monotonic() - waiting_since_s > _NO_SUPERVISOR_LIMIT_S:
                 return EngineLost("the engine core and its supervisor are gone")

@@ -22,6 +22,7 @@ from pageflight.core.errors import (
 )
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.deaths import MAX_KEPT, Death, is_crash, write_deaths
+from pageflight.loop.devices import on_cores
 from pageflight.loop.reports import DRAIN_SIGNAL, SHRUNK_TO, CacheSize, Report, parse_reports
 from pageflight.loop.status import CoreStatus, write_status
 from pageflight.loop.step_trace import read_trace
@@ -64,15 +65,17 @@ class Supervisor:
         address: CoreAddress,
         *,
         environment: dict[str, str] | None = None,
+        cores: frozenset[int] | None = None,
         config: SupervisorConfig | None = None,
     ) -> None:
         """`command(report_fd, trace_fd, cache)`: the core's command line with its end of the pipe and its memory file.
 
         `cache` is the size of the first core's cache; None for the first. Made from the memory that is free at each
         start it could be less, and sequences that one core had accepted would not fit the next. It is less after a core
-        has ended for want of memory: those that do not fit are refused then.
+        has ended for want of memory: those that do not fit are refused then. `cores`: of the processor, that each
+        process is kept on; None: all of this one's.
         """
-        self._command, self._address, self._environment = command, address, environment
+        self._command, self._address, self._environment, self._cores = command, address, environment, cores
         self._config = config or SupervisorConfig()
         self._changed = threading.Condition()
         self._status = CoreStatus(state="starting", supervisor_pid=os.getpid())
@@ -156,12 +159,13 @@ class Supervisor:
         reader, writer = os.pipe()
         try:
             try:
-                process = subprocess.Popen(
-                    self._command(writer, self._trace_fd, self._cache),
-                    pass_fds=(writer, self._trace_fd),
-                    stdin=subprocess.DEVNULL,
-                    env=self._environment,
-                )
+                with on_cores(self._cores):
+                    process = subprocess.Popen(
+                        self._command(writer, self._trace_fd, self._cache),
+                        pass_fds=(writer, self._trace_fd),
+                        stdin=subprocess.DEVNULL,
+                        env=self._environment,
+                    )
             except OSError as error:
                 return _Life(failure=_failure(ConfigError, f"cannot start the core: {error}"))
             finally:

@@ -41,6 +41,10 @@ class Verdicts:
                 killers = group  # it is the prompt that kills, which they have in common
             self._guilty.update(dict.fromkeys(killers))
 
+    def is_guilty(self, sequence: OpenSequence) -> bool:
+        """Whether the next core of its own is kept from it."""
+        return sequence in self._guilty
+
     def requests(self, groups: Groups, probe_handle: int) -> Iterator[tuple[Request, list[OpenSequence]]]:
         """What to ask the next core for, with those that each request is for. The probe, if one is needed, is first."""
         if self._guilty:

@@ -34,9 +34,10 @@ class Flushed(Protocol):
 class RequestMetrics:
     """Times and counts of the requests that came through one Triton model instance."""
 
-    _BY_REASON: ClassVar[dict[str, str]] = {
-        "pageflight_answers_total": "Answers that ended, by finish reason",
-        "pageflight_refusals_total": "Requests refused, by error",
+    _BY_LABEL: ClassVar[dict[str, tuple[str, str]]] = {
+        "pageflight_answers_total": ("reason", "Answers that ended, by finish reason"),
+        "pageflight_refusals_total": ("reason", "Requests refused, by error"),
+        "pageflight_routed_requests_total": ("instance", "Requests by the instance whose core they went to"),
     }
 
     def __init__(self, exporter: Exporter, labels: Mapping[str, str]) -> None:
@@ -61,8 +62,12 @@ class RequestMetrics:
         self._poisoned = self._counter(
             "pageflight_poison_requests_total", "Sequences given up because every engine core died in their steps"
         )
+        self._rerouted = self._counter(
+            "pageflight_rerouted_sequences_total",
+            "Open sequences that another instance's engine core took over",
+        )
         self._lock = threading.Lock()  # refusals come from several threads
-        self._reasons: dict[tuple[str, str], int] = {}
+        self._totals: dict[tuple[str, str], int] = {}
         self._counters: dict[tuple[str, str], Counter] = {}
 
     def first_token(self, seconds: float) -> None:
@@ -89,6 +94,12 @@ class RequestMetrics:
     def poisoned(self) -> None:
         self._poisoned.total += 1
 
+    def routed(self, instance: int) -> None:
+        self._count("pageflight_routed_requests_total", str(instance))
+
+    def rerouted(self, num_sequences: int) -> None:
+        self._rerouted.total += num_sequences
+
     def flush(self) -> None:
         histograms = (self._first_token, self._queue, self._end_to_end, self._input_length, self._output_length)
         for histogram in histograms:
@@ -96,14 +107,16 @@ class RequestMetrics:
         self._inter_token.flush()
         self._replayed.flush()
         self._poisoned.flush()
+        self._rerouted.flush()
         with self._lock:
-            reasons = dict(self._reasons)
-        for (name, reason), total in reasons.items():
-            counter = self._counters.get((name, reason))
+            totals = dict(self._totals)
+        for (name, value), total in totals.items():
+            counter = self._counters.get((name, value))
             if counter is None:
-                labels = {**self._labels, "reason": reason}
-                counter = Counter(self._exporter.metric("counter", name, self._BY_REASON[name], labels))
-                self._counters[name, reason] = counter
+                label, description = self._BY_LABEL[name]
+                labels = {**self._labels, label: value}
+                counter = Counter(self._exporter.metric("counter", name, description, labels))
+                self._counters[name, value] = counter
             counter.total = total
             counter.flush()
 
@@ -115,13 +128,13 @@ class RequestMetrics:
     def _counter(self, name: str, description: str) -> Counter:
         return Counter(self._exporter.metric("counter", name, description, self._labels))
 
-    def _count(self, name: str, reason: str) -> None:
+    def _count(self, name: str, value: str) -> None:
         with self._lock:
-            self._reasons[name, reason] = self._reasons.get((name, reason), 0) + 1
+            self._totals[name, value] = self._totals.get((name, value), 0) + 1
 
 
 class ServingObserver:
-    """The `loop.observer.Observer` of a front: its requests, and the core's state where this front publishes it."""
+    """The `loop.observer.RoutingObserver` of a model instance: its requests, and its core's state if it owns one."""
 
     def __init__(self, requests: RequestMetrics, core: CoreMetrics | None) -> None:
         self._core, self._requests = core, requests
@@ -130,6 +143,8 @@ class ServingObserver:
         self.inter_token = requests.inter_token
         self.finished = requests.finished
         self.refused = requests.refused
+        self.routed = requests.routed
+        self.rerouted = requests.rerouted
 
     def core_stats(self, stats: CoreStats) -> None:
         if self._core is not None:

@@ -48,14 +48,16 @@ def load_on_gpu(
     logged, and the weights are the same.
 
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
-    which is measured. With a `communicator` this is one rank's part of an engine of the torch lowering, on its own GPU:
-    sizes of the cache are shared by the ranks, and all have as many blocks as the one with the fewest. Raises
+    which is measured; what others have of the GPU is not counted, as long as there is enough beside it. With a
+    `communicator` this is one rank's part of an engine of the torch lowering, on its own GPU: sizes of the cache are
+    shared by the ranks, and all have as many blocks as the one with the fewest. Raises
     ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
     if device.type == "cuda":
         check_launcher()
+    taken_before = _taken(device)
     model, longest = _model(engine_dir, device, communicator)
     if communicator is not None:
         config = replace(config, kv=_share(config.kv, communicator.place.tensor_parallel))
@@ -67,7 +69,7 @@ def load_on_gpu(
         replace(config.kv, block_size=model.blocks.block_size),
         scheduler,
         bytes_per_block=model.blocks.bytes_per_block,
-        free=_free(device, config, pass_bytes),
+        free=_free(device, config, pass_bytes, taken_before),
         host_free=free_memory() if device.type == "cuda" else None,
         num_instances=num_instances,
         fraction=1.0,
@@ -141,16 +143,26 @@ def _model(engine_dir: Path, device: torch.device, communicator: Communicator | 
     return model, engine.manifest.max_model_len
 
 
-def _free(device: torch.device, config: EngineConfig, pass_bytes: int) -> FreeMemory | None:
-    """Memory for blocks; None takes what the host has, for a device that is the host's processor."""
+def _taken(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, by whomever."""
+    if device.type != "cuda":
+        return 0
+    left, total = torch.cuda.mem_get_info(device)
+    return total - left
+
+
+def _free(device: torch.device, config: EngineConfig, pass_bytes: int, taken_before: int) -> FreeMemory | None:
+    """Memory for blocks; None takes what the host has, for a device that is the host's processor. `taken_before`: bytes
+    in use before the model was loaded."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     left, total = torch.cuda.mem_get_info(device)
-    used = total - left
+    used = max(0, total - left - taken_before)
     if config.kv.num_blocks:  # a core started again gets what the first one had, if it is there at all
         return FreeMemory(num_bytes=max(0, left - pass_bytes), source=f"left on {torch.cuda.get_device_name(device)}")
     utilization = config.kv.gpu_memory_utilization
-    num_bytes = max(0, int(total * utilization) - used - pass_bytes - RESERVED_BYTES)
+    num_bytes = max(0, min(int(total * utilization) - used, left) - pass_bytes - RESERVED_BYTES)
     name = torch.cuda.get_device_name(device)
-    return FreeMemory(num_bytes=num_bytes, source=f"gpu_memory_utilization={utilization:g} of {name}, {used} in use")
+    source = f"gpu_memory_utilization={utilization:g} of {name}, {used} in use, {taken_before} by others"
+    return FreeMemory(num_bytes=num_bytes, source=source)

@@ -38,21 +38,27 @@ def load_engine(
     config: EngineConfig,
     *,
     num_instances: int = 1,
+    needs_gpu: str = "",
     on_loss: Callable[[PageflightError], None] | None = None,
 ) -> LoadedEngine:
     """Load the engine that `pageflight build` wrote and give it its K/V blocks.
 
     The lowering named by the manifest checks fingerprint, sizes and hashes of the files. `max_model_len` is the lesser
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
-    where `config.num_threads` is 0, its cores. Raises ManifestMismatch for an engine that is damaged or was built for
-    something else, ConfigError for settings that cannot work. Engines of torch and TensorRT run on a GPU where
-    there is one. `on_loss` is told, by a thread, when one of several ranks is gone and no step is there to say so.
+    where `config.num_threads` is 0, its cores. Engines of torch and TensorRT run on a GPU where there is one;
+    `needs_gpu`, if not empty, names the GPU that this one must run on. `on_loss` is told, by a thread, when one of
+    several ranks is gone and no step is there to say so. Raises ManifestMismatch for an engine that is damaged or was
+    built for something else, ConfigError for settings that cannot work.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
     if num_instances < 1:
         raise ConfigError(f"num_instances={num_instances}: must be at least 1")
     manifest = EngineManifest.read(engine_dir)
+    device = _gpu() if manifest.lowering in _ON_GPU else None
+    if needs_gpu and device is None:
+        missing = "torch sees no GPU" if manifest.lowering in _ON_GPU else f"{manifest.lowering} runs on CPUs"
+        raise ConfigError(f"{needs_gpu}: the engine cannot run on it: {missing}")
     if (config.tensor_parallel, config.pipeline_parallel) != (1, 1):
         from pageflight.runners.parallel import load_parallel  # imports torch
 
@@ -61,7 +67,7 @@ def load_engine(
             engine_dir, config, num_threads=num_threads, num_instances=num_instances, on_loss=on_loss
         )
         return LoadedEngine(runner=several, manifest=manifest, capacity=capacity, num_threads=num_threads)
-    if manifest.lowering in _ON_GPU and (device := _gpu()) is not None:
+    if device is not None:
         from pageflight.runners.device_factory import load_on_gpu  # imports torch and triton
 
         on_gpu, capacity = load_on_gpu(engine_dir, config, device, num_instances=num_instances)
