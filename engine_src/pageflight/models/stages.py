@@ -5,9 +5,10 @@ The first stage has the embedding, the last one the final norm and the head.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import accumulate
 
 from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
@@ -65,30 +66,38 @@ def check_engine(lowering: str, tensor_parallel: int, pipeline_parallel: int) ->
 
 
 def cut_stages(layer_bytes: Sequence[int], *, first_bytes: int, last_bytes: int, num_stages: int) -> tuple[Stage, ...]:
-    """`num_stages` runs of layers so that the largest has as few bytes as can be, and then the others are as even.
+    """`num_stages` runs of layers so that the largest has as few bytes as can be; within that, each has as nearly as
+    can be an even share of what is left.
 
     `first_bytes`: of the embedding; `last_bytes`: of final norm and head. There is a layer for every stage.
     """
     num_layers = len(layer_bytes)
     assert 1 <= num_stages <= num_layers, "checked before"
-    sums = [first_bytes]
-    for size in layer_bytes:
-        sums.append(sums[-1] + size)
-    sums[0], sums[-1] = 0, sums[-1] + last_bytes
+    sums = [0, *accumulate(layer_bytes)]  # before each layer, and after the last
+    sums = [0, *(first_bytes + size for size in sums[1:])]
+    sums[-1] += last_bytes
 
-    @cache
-    def best(begin: int, left: int) -> tuple[int, int, tuple[int, ...]]:
-        """The largest stage of the layers from `begin`, the squares of all, and where they end."""
-        if left == 1:
-            size = sums[num_layers] - sums[begin]
-            return size, size * size, (num_layers,)
-        found = []
-        for end in range(begin + 1, num_layers - left + 2):
-            size, (largest, squares, ends) = sums[end] - sums[begin], best(end, left - 1)
-            found.append((max(size, largest), size * size + squares, (end, *ends)))
-        return min(found)
+    def fits(begin: int, left: int, largest: int) -> bool:
+        """Whether so many stages of at most `largest` hold the layers from `begin`. Fewer that do can be cut again."""
+        if num_layers - begin < left:
+            return False
+        while begin < num_layers and left:
+            begin, before, left = bisect_right(sums, sums[begin] + largest) - 1, begin, left - 1
+            if begin == before:
+                return False
+        return begin == num_layers
 
-    _, _, ends = best(0, num_stages)
+    largest = bisect_left(range(sums[-1]), True, key=lambda size: fits(0, num_stages, size))
+    ends, begin = [], 0
+    for left in range(num_stages, 0, -1):
+        share, most = (sums[-1] - sums[begin]) / left, sums[begin] + largest
+        valid = (
+            end
+            for end in range(begin + 1, num_layers + 1)
+            if sums[end] <= most and (fits(end, left - 1, largest) if left > 1 else end == num_layers)
+        )
+        begin = min(valid, key=lambda end, begin=begin, share=share: abs(sums[end] - sums[begin] - share))  # type: ignore[misc]
+        ends.append(begin)
     begins = (0, *ends[:-1])
     return tuple(Stage(begin=b, end=e, num_layers=num_layers) for b, e in zip(begins, ends, strict=True))
 
