@@ -132,6 +132,14 @@ def test_numbers_of_stages_that_do_not_work_are_refused_before_a_process_is_star
         factory.load_engine(engine, EngineConfig(pipeline_parallel=num_stages))
 
 
+def test_stages_are_refused_where_there_are_gpus(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would have run beside idle GPUs, or all on the first one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(factory, "_gpu", lambda: None)
+    with pytest.raises(ConfigError, match="pipeline_parallel=2: on processors only, not on GPUs yet"):
+        factory.load_engine(engine, EngineConfig(pipeline_parallel=2))
+
+
 def test_a_lowering_without_stages_is_refused_by_name(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint")
     engine = make_engine(tmp_path / "checkpoint", tmp_path / "engine", "openvino")

@@ -141,7 +141,7 @@ def _why_split(layout: Layout) -> list[str]:
         where = "across machines" if layout.num_cards > CARDS_PER_MACHINE else "where heads cannot be divided further"
         found.append(
             f"By layers (pipeline stages) it is divided {where}: stages tell each other little, but one sequence waits"
-            " for all of them in turn. pageflight runs stages inside one machine."
+            " for all of them in turn. pageflight runs stages on processors of one machine so far."
         )
     return found
 
