@@ -43,6 +43,9 @@ class Segments(Protocol):
     def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute `outputs` from `inputs`, on the stream that is current; `profile` counts from 0."""
 
+    def can_capture(self, stream: int) -> bool:
+        """Whether decode steps as they have run so far can be captured on a stream (its CUDA handle)."""
+
     def save(self) -> None:
         """Keep what was compiled for the next start."""
 
@@ -77,6 +80,13 @@ class SegmentModel(DeviceModel):
     def activations(self) -> torch.dtype:
         return TYPES[self._plan.activations]
 
+    @property
+    def prepares_sizes(self) -> bool:
+        return True  # contexts are made, and the RTX flavor compiles kernels
+
+    def can_capture(self, stream: int) -> bool:
+        return self._engines.can_capture(stream)
+
     @torch.inference_mode()
     def forward(self, inputs: DeviceInputs) -> Tensor:
         num_tokens = len(inputs.ids_T)
@@ -84,7 +94,7 @@ class SegmentModel(DeviceModel):
         if take is None:
             take = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         buffers = {"ids": inputs.ids_T, "positions": inputs.positions_T, "take": take}
-        profile = self._profile(num_tokens, len(take))
+        profile = self._profile(num_tokens, len(take), decodes=inputs.lens_S is not None)
         for run, weights in zip(self._plan.runs, self._weights, strict=True):
             if run.attention < 0 and not len(take):
                 return self._empty_logits(self._segments[run.segment])
@@ -122,11 +132,14 @@ class SegmentModel(DeviceModel):
     def _empty_logits(self, segment: Segment) -> Tensor:
         return self._made(segment.outputs[0], 0, 0)
 
-    def _profile(self, num_tokens: int, num_rows: int) -> int:
-        for index, profile in enumerate(self._plan.profiles):
-            if _takes(profile, num_tokens, num_rows):
+    def _profile(self, num_tokens: int, num_rows: int, *, decodes: bool) -> int:
+        """The first that takes a decode step. Steps with chunks run the last: they have any size, and the flavor that
+        compiles does so for every size of the others."""
+        profiles = self._plan.profiles
+        for index in range(0 if decodes else len(profiles) - 1, len(profiles)):
+            if _takes(profiles[index], num_tokens, num_rows):
                 return index
-        most = self._plan.profiles[-1]
+        most = profiles[-1]
         raise ConfigError(
             f"a step of {num_tokens} tokens and {num_rows} rows: these engines take {most.max_tokens} and"
             f" {most.max_rows}; build them with larger max_num_tokens and max_num_seqs"
