@@ -7,7 +7,8 @@ What carries out a segment is a seam: `TensorRtSegments` on a GPU; in tests, wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -108,6 +109,17 @@ class SegmentModel(DeviceModel):
                 buffers["attended"] = self.blocks.attend(run.attention, qkv, self._ones, self._zeros, inputs)
         return buffers["logits"]
 
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """A chunk and a decode step of one token that nobody has, before blocks are allocated: raises what refuses."""
+        self.pass_bytes(1, 1)
+        one = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.blocks.allocate(1)
+        self.forward(DeviceInputs(ids_T=one, positions_T=one, slots_T=one - 1, tables_SM=one.view(1, 1), lens_S=one))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.blocks.free()
+
     def warmed_up(self) -> None:
         self._engines.save()
 
@@ -154,12 +166,21 @@ def load_segments(
     Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them.
     """
     plan = EnginePlan.read(folder)
-    model = SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
-    try:
-        model.pass_bytes(1, 1)
-    except RuntimeError as error:
-        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
+    with _refusals(folder, plan):
+        segments = segments or _engines(engine, folder, plan, device)
+    model = SegmentModel(engine, plan, segments, device)
+    with _refusals(folder, plan):
+        model.try_out()
     return model
+
+
+@contextmanager
+def _refusals(folder: Path, plan: EnginePlan) -> Iterator[None]:
+    """What the bindings raise, which is not documented, as a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
 
 
 def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:
