@@ -121,6 +121,8 @@ def main() -> None:
             seconds = round(time.perf_counter() - begin_s, 1)
             text = json.dumps({**facts, "seconds": seconds, "records": records}, indent=1, default=str)
             (folder / f"gpu_{options.part}_{date}.json").write_text(text + "\n", encoding="utf-8")
+    if all("skipped" in record for record in records):
+        print("nothing was checked", flush=True)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,10 @@ class WalkedSegments:
         for name, tensor in made.items():
             outputs[name].copy_(tensor)
 
+    def can_capture(self, stream: int) -> bool:
+        """There is no GPU, so no graph."""
+        return False
+
     def save(self) -> None:
         """Nothing was compiled."""
 

@@ -26,6 +26,10 @@ from perf.gpu_check.engine_checks import drive, make_scheduler
 from perf.gpu_check.tensorrt_flavors import lowered, tiny, tried, usable, walked
 from perf.gpu_check.tensorrt_models import RandomTensors, write_engine
 
+NUM_TOKENS = 9  # of a request: some steps come before all of a wave decode, two more before their size is captured
+WAVES = (6, 4, 2, 4, 6)
+"""Requests at a time: 4 and 2 run one profile, and graphs of both have been captured when 4 run again."""
+
 
 def answers(card: Card, folder: Path) -> Iterator[Record]:
     """For every flavor: does it take this card, and why not; then what serves an engine directory here.
@@ -85,7 +89,7 @@ def graphs(card: Card, folder: Path) -> Iterator[Record]:
                     uses_graphs=uses_graphs,
                 )
                 with _warnings("pageflight.runners.device_graphs") as warnings:
-                    found.append(_served(runner, 6 if card.is_gpu else 1))
+                    found.append(_served(runner, WAVES if card.is_gpu else (1,)))
                 runner.close()
                 assert not warnings, warnings  # steps that cannot be captured run eagerly, and give the same ids
             assert found[0] == found[1], "captured steps give other ids than eager ones"
@@ -98,18 +102,23 @@ def _ids(folder: Path, card: Card) -> dict[int, list[int]]:
     enough = FreeMemory(num_bytes=1 << 30, source="of the host, more than a check takes")
     with patch.object(device_factory, "free_memory", lambda: enough):  # it would ask psutil, which may not be there
         runner, _ = device_factory.load_on_gpu(folder, config, card.device)
-    found = _served(runner, 4 if card.is_gpu else 1)
+    found = _served(runner, (4,) if card.is_gpu else (1,))
     runner.close()
     return found
 
 
-def _served(runner: DeviceRunner, count: int) -> dict[int, list[int]]:
+def _served(runner: DeviceRunner, waves: tuple[int, ...]) -> dict[int, list[int]]:
+    """So many requests at a time, one wave after the other, each for some steps: rows rise again where waves do."""
     scheduler = make_scheduler(runner, max_num_tokens=40)
-    for handle in range(count):
-        prompt = tuple(range(2 + handle, 12 + 3 * handle))
-        sampling = SamplingParams(max_tokens=3 + 3 * handle, temperature=0.0)
-        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
-    return drive(scheduler, runner).ids
+    ids: dict[int, list[int]] = {}
+    for count in waves:
+        for index in range(count):
+            handle = len(ids) + index
+            prompt = tuple(range(2 + handle, 12 + handle + 2 * index))
+            sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
+            scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+        ids |= drive(scheduler, runner).ids
+    return ids
 
 
 @contextmanager

@@ -124,6 +124,15 @@ def tiny(card: Card) -> DecoderConfig:
 
 
 def in_folder(check: Callable[..., Iterator[Record]], card: Card, *arguments: Any) -> Iterator[Record]:
-    """Run a check that wants a folder in one of its own, which goes afterwards."""
+    """Run a check that wants a folder in one of its own, which goes afterwards.
+
+    One that finds nothing to check leaves a record that says so, with what every flavor says to this card.
+    """
+    has_checked = False
     with tempfile.TemporaryDirectory() as name:
-        yield from check(card, Path(name), *arguments)
+        for record in check(card, Path(name), *arguments):
+            has_checked = True
+            yield record
+    if not has_checked:
+        reasons = (f"{flavor}: {tried(flavor, card)[0]['reason']}" for flavor in FLAVORS)
+        yield {"name": check.__name__, "skipped": "; ".join(reasons)}

@@ -22,6 +22,12 @@ class FakeTensorRt:
         self.calls: list[tuple[Any, ...]] = []
         self.caches: list[bytes] = []
         self.settings: list[Any] = []
+        self.contexts: list[Any] = []
+        self.uncapturable: set[str] | None = set()
+        """Engines whose contexts cannot be captured; None: a flavor that cannot be asked."""
+        self.hides: BaseException | None = None
+        """What serialising a cache raises."""
+        self.is_mute = False  # serialising a cache gives nothing
 
     def Runtime(self, log: Any) -> Any:
         def deserialize_cuda_engine(data: bytes) -> Any:
@@ -46,7 +52,8 @@ class _Engine:
 
     def create_execution_context(self, how: Any) -> Any:
         self._fake.calls.append(("create_execution_context", how))
-        return _Context(self._fake, self.name)
+        self._fake.contexts.append(_Context(self._fake, self.name))
+        return self._fake.contexts[-1]
 
 
 class _Settings:
@@ -76,17 +83,27 @@ class _Cache:
             self._fake.caches[0] = data
         return self._fake.accepts
 
-    def serialize(self) -> bytes:
-        return self._fake.caches[0]
+    def serialize(self) -> bytes | None:
+        if self._fake.hides:
+            raise self._fake.hides
+        return None if self._fake.is_mute else self._fake.caches[0]
 
 
 class _Context:
     def __init__(self, fake: FakeTensorRt, name: str) -> None:
         self._fake, self._name = fake, name
+        self.shapes: list[tuple[int, ...]] = []  # that it was given, one after the other
 
     def __getattr__(self, call: str) -> Any:
+        if call == "is_stream_capturable" and self._fake.uncapturable is None:
+            raise AttributeError(call)
+
         def note(*arguments: Any) -> bool:
             self._fake.calls.append((call, *arguments))
+            if call == "is_stream_capturable":
+                return self._name not in (self._fake.uncapturable or ())
+            if call == "set_input_shape":
+                self.shapes.append(arguments[1])
             kernels = f"kernels of {self._name};".encode()
             if call == "execute_async_v3" and self._fake.caches and kernels not in self._fake.caches[0]:
                 self._fake.caches[0] += kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from types import SimpleNamespace
 
 import pytest
 import tensorrt_rtx as trt
@@ -101,6 +102,33 @@ def test_all_contexts_share_the_memory_of_the_largest(folder):
     assert len(given) == 1 and next(iter(given))[1] == 2048
 
 
+def test_a_context_that_was_captured_keeps_its_shapes(folder):
+    """Graphs of 4 and of 2 rows came from one context: after the second, replaying the first is undefined."""
+    fake = FakeTensorRt()
+    segments = start(fake, folder)
+    for tokens in (4, 2, 4):
+        run(segments, profile=1, tokens=tokens)
+    assert [context.shapes for context in fake.contexts] == [[(4, 4)], [(2, 4)]]
+    for tokens in (4, 2, 4):
+        run(segments, profile=2, tokens=tokens)
+    assert [context.shapes for context in fake.contexts[2:]] == [[(4, 4), (2, 4), (4, 4)]], "any length, no graphs"
+    assert len({call[1:] for call in fake.calls if call[0] == "set_device_memory"}) == 1
+
+
+def test_what_cannot_be_captured_is_known_before(folder):
+    """A capture that fails leaves torch in a state of its own: TensorRT is asked, for all segments of decode steps."""
+    fake = FakeTensorRt()
+    segments = start(fake, folder)
+    run(segments, "first")
+    fake.uncapturable = {"last"}
+    run(segments, "last", profile=2)
+    assert segments.can_capture(7), "steps with chunks are not captured"
+    run(segments, "last", profile=1)
+    assert not segments.can_capture(7) and ("is_stream_capturable", 7) in fake.calls
+    fake.uncapturable = None
+    assert segments.can_capture(7), "the full flavor cannot be asked"
+
+
 def test_only_decode_steps_compile_for_their_size(folder):
     """A prompt chunk of a new length stopped all streams while kernels for just that length were compiled."""
     fake = FakeTensorRt()
@@ -161,6 +189,23 @@ def test_a_folder_that_cannot_be_written_costs_time_only(folder, caplog, monkeyp
     run(segments)
     segments.save()
     assert "cannot be written" in caplog.text and "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("no memory"), TypeError("nothing to convert")])
+def test_a_cache_that_tensorrt_does_not_give_costs_time_only(folder, caplog, fault):
+    """The core ended after its warm-up, or at its end, over a file that it does not need."""
+    path = runtime_path({}, ["abc"], GPU)
+    fake = FakeTensorRt()
+    segments = start(fake, folder, path)
+    run(segments)
+    fake.hides, fake.is_mute = fault, True
+    segments.save()
+    assert not path.exists() and str(fault or "it gave no reason") in caplog.text
+    timings = TimingCache(path)
+    timings.data = b"timing;"
+    mute = SimpleNamespace(serialize=lambda: None)
+    timings.take(SimpleNamespace(get_timing_cache=lambda: mute))
+    assert timings.data == b"timing;", "what earlier engines gave is kept"
 
 
 def test_a_cache_that_breaks_off_leaves_the_old_one(folder, monkeypatch, caplog):
@@ -295,6 +340,7 @@ def test_the_names_of_the_fake_are_those_of_the_package():
             "set_input_shape",
             "set_tensor_address",
             "execute_async_v3",
+            "is_stream_capturable",
         ),
         "IBuilderConfig": ("create_timing_cache", "set_timing_cache", "get_timing_cache"),
         "Runtime": ("deserialize_cuda_engine",),

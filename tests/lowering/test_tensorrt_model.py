@@ -11,6 +11,8 @@ import torch
 from perf.gpu_check.network_walk import WalkedSegments
 
 from pageflight.core.errors import ConfigError
+from pageflight.lowering import tensorrt_model
+from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_model import SegmentModel, load_segments
 from pageflight.lowering.tensorrt_plan import EnginePlan, profiles
@@ -28,10 +30,17 @@ class NotedSegments(WalkedSegments):
         super().__init__(walked.walks, walked.segments)
         self.profiles: list[int] = []
         self.saved = 0
+        self.fault: Exception | None = None
+        """What decode steps raise."""
 
     def run(self, segment: str, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping) -> None:
         self.profiles.append(profile)
+        if self.fault and profile == 0:
+            raise self.fault
         super().run(segment, profile, inputs, outputs)
+
+    def can_capture(self, stream: int) -> bool:
+        return stream != 3
 
     def save(self) -> None:
         self.saved += 1
@@ -79,6 +88,26 @@ def test_a_step_beyond_the_profiles_is_named(workshop, random_ids):
         driver.step({"a": random_ids(129, 1)})
 
 
+def test_steps_with_chunks_run_the_general_profile_however_short(workshop, random_ids):
+    """A chunk of three tokens ran a profile of decode steps: RTX compiled for its size while all others waited."""
+    driver, segments = segment_driver(workshop, "gqa")
+    driver.step({"a": random_ids(2, 1)})
+    driver.step({"a": [5], "b": random_ids(2, 2)})
+    assert set(segments.profiles) == {2}
+    segments.profiles.clear()
+    driver.step({"a": [6]})
+    assert set(segments.profiles) == {0}
+
+
+def test_the_runner_is_told_what_to_run_first_and_what_to_capture(workshop):
+    """Of twenty sizes three had run before serving: the others were compiled while requests waited."""
+    model = segment_driver(workshop, "gqa")[0].model.model
+    assert model.prepares_sizes and model.can_capture(7) and not model.can_capture(3)
+    folder = workshop.engine("gqa", TorchLowering(), "fp32", "fp32")
+    kernels = KernelModel.load(open_engine(folder, "torch"), torch.device("cpu"), torch.float32)
+    assert not kernels.prepares_sizes and kernels.can_capture(3)
+
+
 def test_what_was_compiled_is_kept_after_the_warm_up_and_at_the_end(workshop):
     """It was kept at the end only: a server that was killed began every time with compiling."""
     driver, segments = segment_driver(workshop, "gqa")
@@ -88,15 +117,23 @@ def test_what_was_compiled_is_kept_after_the_warm_up_and_at_the_end(workshop):
     assert segments.saved == 2
 
 
-def test_engines_that_load_and_do_not_run_are_found_out_while_loading(workshop, monkeypatch):
-    """A card for which kernels are compiled at the first step only: the first request would have met the refusal."""
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, AttributeError])
+def test_engines_that_load_and_do_not_run_are_found_out_while_loading(workshop, monkeypatch, kind):
+    """A card for which kernels are compiled at the first step only: the first request would have met the refusal. What
+    the bindings raise is not documented; anything but a RuntimeError ended the core, where kernels could have served.
+    """
     driver, segments = segment_driver(workshop, "gqa")
     folder = workshop.engine("gqa", TorchLowering(), "fp32", "fp32")
     driver.model.model._plan.write(folder)
+    engine = open_engine(folder, "torch")
+    assert load_segments(engine, folder, torch.device("cpu"), segments).blocks.cache is None, "the trial left blocks"
+    segments.fault = kind("no kernels for SM90")
+    with pytest.raises(ConfigError, match=r"rtx TensorRT cannot run it here: no kernels for SM90"):
+        load_segments(engine, folder, torch.device("cpu"), segments)
 
-    def refuse(model, num_tokens, num_rows):
-        raise RuntimeError("TensorRT could not run segment first: no kernels for SM90")
+    def broken(flavor):
+        raise kind("another binding")
 
-    monkeypatch.setattr(SegmentModel, "pass_bytes", refuse)
-    with pytest.raises(ConfigError, match=r"rtx TensorRT cannot run it here: .* no kernels for SM90"):
-        load_segments(open_engine(folder, "torch"), folder, torch.device("cpu"), segments)
+    monkeypatch.setattr(tensorrt_model, "import_flavor", broken)
+    with pytest.raises(ConfigError, match=r"rtx TensorRT cannot run it here: another binding"):
+        load_segments(engine, folder, torch.device("cpu"))

@@ -6,11 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments, tuning_checks
+from perf.gpu_check import __main__ as gpu_check_main
+from perf.gpu_check import (
+    engine_checks,
+    kernel_checks,
+    tensorrt_checks,
+    tensorrt_flavors,
+    tensorrt_segments,
+    tuning_checks,
+)
 from perf.gpu_check.card import Card
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
@@ -78,6 +87,39 @@ def test_layers_are_timed_and_captured_steps_compared() -> None:
         "graphs rtx input",
         "graphs rtx constant",
     ]
+
+
+def test_a_part_that_checks_nothing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a card that no flavor takes the parts of TensorRT wrote nothing, printed nothing, and counted as passed."""
+    monkeypatch.setattr(tensorrt_flavors, "tried", lambda flavor, card: ({"reason": f"no {flavor} here"}, None))
+    for part in ("tensorrt_segments", "tensorrt_graphs", "tensorrt_layer"):
+        monkeypatch.setattr(sys, "argv", ["gpu_check", part, "--device", "cpu", "--out", str(tmp_path)])
+        gpu_check_main.main()
+        assert "nothing was checked" in capsys.readouterr().out
+        (path,) = tmp_path.glob(f"gpu_{part}_2*.json")
+        (record,) = json.loads(path.read_text())["records"]
+        assert record["skipped"] == "rtx: no rtx here; full: no full here"
+
+
+def test_rows_rise_again_after_smaller_steps_were_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows fell only: a graph was never replayed after its context had run another size."""
+    submitted: list[Request] = []
+    rows: list[int] = []
+    scheduler = SimpleNamespace(submit=lambda request, now_s: submitted.append(request))
+
+    def drive(*_: object) -> SimpleNamespace:
+        rows.append(len(submitted) - sum(rows))
+        return SimpleNamespace(ids={request.handle: [2] for request in submitted})
+
+    monkeypatch.setattr(tensorrt_checks, "make_scheduler", lambda runner, max_num_tokens: scheduler)
+    monkeypatch.setattr(tensorrt_checks, "drive", drive)
+    served: Any = tensorrt_checks._served
+    found = served(None, tensorrt_checks.WAVES)
+    fall = rows.index(2)
+    assert 4 in rows[:fall] and 4 in rows[fall:] and len(found) == sum(rows) == len(submitted)
+    assert max(len(request.prompt_ids) + request.sampling.max_tokens for request in submitted) < 96
 
 
 def test_a_card_is_idle_where_nothing_runs() -> None:

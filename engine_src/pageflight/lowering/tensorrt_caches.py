@@ -89,7 +89,7 @@ class TimingCache:
         """Keep what the build of that engine added."""
         timings = settings.get_timing_cache()
         if timings is not None:
-            self.data = bytes(timings.serialize())
+            self.data = _serialised(timings, self._path) or self.data
 
     def save(self) -> None:
         """Write the file, if there is anything new. Of two builds at once the later one's timings stay."""
@@ -117,10 +117,23 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Write the file, if kernels were compiled since it was read or written."""
-        data = b"" if self._cache is None else bytes(self._cache.serialize())
+        data = b"" if self._cache is None else _serialised(self._cache, self._path)
         if data and data != self._known:
             write_cache(self._path, data)
             self._known = data
+
+
+def _serialised(cache: Any, path: Path) -> bytes:
+    """What a cache of TensorRT's holds; nothing, and a line in the log, where it does not give it."""
+    try:
+        memory = cache.serialize()
+        if memory is not None:
+            return bytes(memory)
+        reason = "it gave no reason"
+    except (RuntimeError, TypeError, AttributeError) as error:  # of the bindings: which ones is not documented
+        reason = str(error)
+    log.warning("%s is not written, TensorRT does not say what it holds: %s", path, reason)
+    return b""
 
 
 def _slug(text: str) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from pageflight.core.errors import ConfigError
 from pageflight.lowering.tensorrt_caches import RuntimeCache
-from pageflight.lowering.tensorrt_plan import EnginePlan, Profile
+from pageflight.lowering.tensorrt_plan import EnginePlan
 from pageflight.lowering.tensorrt_target import collecting_log
 
 log = logging.getLogger(__name__)
 
 Strategies = Mapping[str, str]
+Shapes = tuple[tuple[int, ...], ...]
 STRATEGIES: Strategies = {"decode": "EAGER", "prefill": "NONE"}
 """When the RTX flavor compiles kernels for one exact size. Decode steps have few sizes, each captured after it has run
 twice: its own kernels must be there by then, and nothing may be compiled in the background of a capture. Steps with
@@ -27,9 +28,11 @@ _SHOWN_ERRORS = 3
 
 
 class TensorRtSegments:
-    """Deserialised engines, an execution context for each with each profile, made when first wanted.
+    """Deserialised engines with their execution contexts, made when first wanted.
 
-    Contexts never run at the same time: what they need for themselves is one buffer, as large as the largest wants it.
+    Steps with chunks share one context for each engine. Decode steps are captured: for each number of rows they have
+    contexts of their own, whose shapes never change, since a graph may not run after that of its context has. Contexts
+    never run at the same time: what they need for themselves is one buffer, as large as the largest wants it.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class TensorRtSegments:
         except Exception as error:  # of the bindings: which ones is not documented
             raise ConfigError(f"{folder}: {plan.flavor} TensorRT does not start here: {self._said(error)}") from None
         self._engines: dict[str, Any] = {}
-        self._contexts: dict[tuple[str, int], Any] = {}
+        self._contexts: dict[tuple[str, int, Shapes], Any] = {}
         self._settings: list[Any] = []  # contexts refer to theirs
         for segment in plan.segments:
             engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
@@ -76,14 +79,16 @@ class TensorRtSegments:
     def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Enqueue one segment on the stream that is current. Raises RuntimeError where TensorRT refuses."""
         stream = int(torch.cuda.current_stream(self._device).cuda_stream)
-        context = self._contexts.get((segment, profile))
-        if context is None:
-            context = self._contexts[segment, profile] = self.context(segment, profile, stream)
-        for name, tensor in inputs.items():
-            if name in self._sized[segment] and not context.set_input_shape(name, tuple(tensor.shape)):
-                raise RuntimeError(
-                    f"TensorRT refuses shape {tuple(tensor.shape)} for {name} of {segment}: {self._said()}"
-                )
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items() if name in self._sized[segment]}
+        is_fixed = self._decodes(profile)
+        key = segment, profile, tuple(shapes.values()) if is_fixed else ()
+        context = self._contexts.get(key)
+        if context is None or not is_fixed:
+            context = context or self.context(segment, profile, stream)
+            for name, shape in shapes.items():
+                if not context.set_input_shape(name, shape):
+                    raise RuntimeError(f"TensorRT refuses shape {shape} for {name} of {segment}: {self._said()}")
+            self._contexts[key] = context
         for name, tensor in (*inputs.items(), *outputs.items()):
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise RuntimeError(f"TensorRT refuses the address of {name} of {segment}: {self._said()}")
@@ -96,7 +101,7 @@ class TensorRtSegments:
         if self._kernels is not None and hasattr(self._trt, "IRuntimeCache"):
             settings = engine.create_runtime_config()
             settings.set_execution_context_allocation_strategy(strategy)
-            when = self._strategies["decode" if self._decodes(self._plan.profiles[profile]) else "prefill"]
+            when = self._strategies["decode" if self._decodes(profile) else "prefill"]
             kinds = self._trt.DynamicShapesKernelSpecializationStrategy
             settings.dynamic_shapes_kernel_specialization_strategy = getattr(kinds, when)
             self._kernels.attach(settings)
@@ -109,13 +114,20 @@ class TensorRtSegments:
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         return context
 
+    def can_capture(self, stream: int) -> bool:
+        """Whether all contexts of decode steps that were made so far can be captured on a stream. The flavor that does
+        not know takes the attempt."""
+        contexts = [context for (_, profile, _), context in self._contexts.items() if self._decodes(profile)]
+        asked = [context for context in contexts if hasattr(context, "is_stream_capturable")]
+        return all(context.is_stream_capturable(stream) for context in asked)
+
     def save(self) -> None:
         """Keep what was compiled so far for the next start."""
         if self._kernels is not None:
             self._kernels.save()
 
-    def _decodes(self, profile: Profile) -> bool:
-        return profile.name.startswith("decode")
+    def _decodes(self, profile: int) -> bool:
+        return self._plan.profiles[profile].name.startswith("decode")
 
     def _said(self, otherwise: object = "") -> str:
         """TensorRT's errors since the last ones that were told."""

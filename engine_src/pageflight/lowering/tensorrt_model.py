@@ -7,7 +7,8 @@ What carries out a segment is a seam: `TensorRtSegments` on a GPU; in tests, wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +44,9 @@ class Segments(Protocol):
     def run(self, segment: str, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute `outputs` from `inputs`, on the stream that is current; `profile` counts from 0."""
 
+    def can_capture(self, stream: int) -> bool:
+        """Whether decode steps as they have run so far can be captured on a stream (its CUDA handle)."""
+
     def save(self) -> None:
         """Keep what was compiled for the next start."""
 
@@ -77,6 +81,13 @@ class SegmentModel(DeviceModel):
     def activations(self) -> torch.dtype:
         return TYPES[self._plan.activations]
 
+    @property
+    def prepares_sizes(self) -> bool:
+        return True  # contexts are made, and the RTX flavor compiles kernels
+
+    def can_capture(self, stream: int) -> bool:
+        return self._engines.can_capture(stream)
+
     @torch.inference_mode()
     def forward(self, inputs: DeviceInputs) -> Tensor:
         num_tokens = len(inputs.ids_T)
@@ -84,7 +95,7 @@ class SegmentModel(DeviceModel):
         if take is None:
             take = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         buffers = {"ids": inputs.ids_T, "positions": inputs.positions_T, "take": take}
-        profile = self._profile(num_tokens, len(take))
+        profile = self._profile(num_tokens, len(take), decodes=inputs.lens_S is not None)
         for run, weights in zip(self._plan.runs, self._weights, strict=True):
             if run.attention < 0 and not len(take):
                 return self._empty_logits(self._segments[run.segment])
@@ -97,6 +108,17 @@ class SegmentModel(DeviceModel):
                 qkv = torch.cat([buffers.pop(name) for name in ("q", "k", "v")], 1)
                 buffers["attended"] = self.blocks.attend(run.attention, qkv, self._ones, self._zeros, inputs)
         return buffers["logits"]
+
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """A chunk and a decode step of one token that nobody has, before blocks are allocated: raises what refuses."""
+        self.pass_bytes(1, 1)
+        one = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.blocks.allocate(1)
+        self.forward(DeviceInputs(ids_T=one, positions_T=one, slots_T=one - 1, tables_SM=one.view(1, 1), lens_S=one))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.blocks.free()
 
     def warmed_up(self) -> None:
         self._engines.save()
@@ -122,11 +144,14 @@ class SegmentModel(DeviceModel):
     def _empty_logits(self, segment: Segment) -> Tensor:
         return self._made(segment.outputs[0], 0, 0)
 
-    def _profile(self, num_tokens: int, num_rows: int) -> int:
-        for index, profile in enumerate(self._plan.profiles):
-            if _takes(profile, num_tokens, num_rows):
+    def _profile(self, num_tokens: int, num_rows: int, *, decodes: bool) -> int:
+        """The first that takes a decode step. Steps with chunks run the last: they have any size, and the flavor that
+        compiles does so for every size of the others."""
+        profiles = self._plan.profiles
+        for index in range(0 if decodes else len(profiles) - 1, len(profiles)):
+            if _takes(profiles[index], num_tokens, num_rows):
                 return index
-        most = self._plan.profiles[-1]
+        most = profiles[-1]
         raise ConfigError(
             f"a step of {num_tokens} tokens and {num_rows} rows: these engines take {most.max_tokens} and"
             f" {most.max_rows}; build them with larger max_num_tokens and max_num_seqs"
@@ -141,12 +166,21 @@ def load_segments(
     Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them.
     """
     plan = EnginePlan.read(folder)
-    model = SegmentModel(engine, plan, segments or _engines(engine, folder, plan, device), device)
-    try:
-        model.pass_bytes(1, 1)
-    except RuntimeError as error:
-        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
+    with _refusals(folder, plan):
+        segments = segments or _engines(engine, folder, plan, device)
+    model = SegmentModel(engine, plan, segments, device)
+    with _refusals(folder, plan):
+        model.try_out()
     return model
+
+
+@contextmanager
+def _refusals(folder: Path, plan: EnginePlan) -> Iterator[None]:
+    """What the bindings raise, which is not documented, as a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
 
 
 def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:

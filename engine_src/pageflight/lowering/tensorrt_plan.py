@@ -45,7 +45,8 @@ class TensorSpec:
 class Profile:
     """Optimisation profile of every segment, by its place in the list: 1 ≤ `min_tokens` ≤ T ≤ `max_tokens`.
 
-    L is from 1 to `max_rows`. Profiles are tuned for their `max_tokens`; the first one that takes a step is the best.
+    L is from 1 to `max_rows`. Profiles are tuned for their `max_tokens`: the first one that takes a decode step is the
+    best for it. The last one is for steps with prompt chunks, whatever their size.
     """
 
     name: str
