@@ -24,7 +24,6 @@ from pageflight.lowering.engine_dir import open_engine
 from pageflight.runners import device_factory
 from pageflight.runners.base import SparingRunner
 from pageflight.runners.device import DeviceRunner
-from pageflight.runners.device_graphs import PATIENCE, RUNS_BEFORE, Graphs
 
 MAX_LEN = 64
 
@@ -152,22 +151,6 @@ def test_other_errors_are_not_tried_again(engine_dir: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="illegal"):
         runner.submit(next(plans()))
     assert len(calls) == 1
-
-
-def test_released_graphs_are_captured_again_but_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs that were captured again at once would take the memory that they were given up for."""
-    captured: list[int] = []
-    graphs = Graphs(lambda staged, filters, adjusts: torch.zeros(1), 4, torch.device("cpu"), is_used=True)
-    graphs._is_used = True  # there is no GPU here; what is counted is the same
-    monkeypatch.setattr(graphs, "_capture", lambda state, *step: captured.append(state.num_runs))
-    step = type("Step", (), {"rows_S": torch.zeros(2)})()
-    for _ in range(2 * RUNS_BEFORE):
-        graphs.run(step, False, False)
-    assert captured == [RUNS_BEFORE]
-    graphs.release()
-    for _ in range(RUNS_BEFORE * PATIENCE):
-        graphs.run(step, False, False)
-    assert captured == [RUNS_BEFORE, RUNS_BEFORE * PATIENCE]
 
 
 def load(engine_dir: Path, num_blocks: int) -> tuple[DeviceRunner, Any]:
