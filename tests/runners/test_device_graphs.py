@@ -21,7 +21,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.num_replays, self.first_pool = "steps", 0, -1
         self.errors: list[str] = []  # of the captures to come
-        self.num_captures = 0
+        self.num_captures, self.cuda_stream = 0, 5
         self.living: defaultdict[int, weakref.WeakSet[Any]] = defaultdict(weakref.WeakSet)
         device, pools = self, count()
 
@@ -52,8 +52,8 @@ class Device:
             "graph": Capture,
             "graph_pool_handle": lambda: next(pools),
             "synchronize": lambda device: None,
-            "current_stream": lambda device: self.stream,
-            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "current_stream": lambda device: self,
+            "set_stream": lambda steps: setattr(self, "stream", "steps"),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -65,7 +65,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.fixture
 def graphs(device: Device) -> Graphs:
-    return Graphs(lambda staged, filters, adjusts: torch.zeros(1), 8, torch.device("cuda"), is_used=True)
+    return Graphs(decode, 8, torch.device("cuda"), is_used=True)
+
+
+def decode(staged: Any, filters: bool, adjusts: bool) -> torch.Tensor:
+    return torch.zeros(1)
 
 
 def run(graphs: Graphs, num_rows: int, times: int = RUNS_BEFORE) -> None:
@@ -110,3 +114,15 @@ def test_a_capture_that_lacks_memory_leaves_other_sizes_theirs(device: Device, g
     run(graphs, 2, RUNS_BEFORE + 1)
     run(graphs, 4, RUNS_BEFORE + 1)
     assert (device.num_captures, device.num_replays, device.stream) == (3, 2, "steps")
+
+
+def test_a_model_that_cannot_be_captured_is_not(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    """TensorRT knows of steps that a capture would fail on, and after a failure torch captures nothing else."""
+    caplog.set_level(logging.WARNING, "pageflight.runners.device_graphs")
+    asked: list[int] = []
+    refuse = lambda stream: bool(asked.append(stream))  # noqa: E731
+    graphs = Graphs(decode, 8, torch.device("cuda"), is_used=True, is_capturable=refuse)
+    run(graphs, 2, 2 * RUNS_BEFORE)
+    run(graphs, 4, 2 * RUNS_BEFORE)
+    assert asked == [5] and device.num_captures == device.num_replays == 0
+    assert "no graph of 2 rows, nor of any size from now on: the model's steps cannot be captured" in caplog.text

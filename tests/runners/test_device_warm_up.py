@@ -42,9 +42,15 @@ BLOCK_SIZE = 16
 class LookingModel(DeviceModel):
     """Keeps what passes are given; every logit is 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_slow: bool = False) -> None:
+        """`is_slow`: at the first decode step of each size."""
+        self.is_slow = is_slow
         super().__init__(CONFIG, DeviceBlocks(CONFIG, "fp32", BLOCK_SIZE, torch.device("cpu")))
         self.seen: list[DeviceInputs] = []
+
+    @property
+    def prepares_sizes(self) -> bool:
+        return self.is_slow
 
     @property
     def activations(self) -> torch.dtype:
@@ -111,6 +117,14 @@ def test_whatever_serving_launches_was_launched_before(monkeypatch: pytest.Monke
     assert {sum(lengths) for lengths in model.chunks if len(lengths) == 1} == {1, 2, 4, 8, 16, 32, 64, 100}
     long = [inputs.long_lens_S.tolist() for inputs in model.seen if inputs.long_lens_S is not None]
     assert long == [[51] * size for size in (1, 2, 4, 8, 16, 20)]
+
+
+def test_a_model_that_prepares_each_size_runs_all_of_them() -> None:
+    """TensorRT compiled for most sizes, on the thread that serves, when rows came to be so many."""
+    for is_slow, expected in ((False, [1, 2, 4, 8, 16, 32, 40]), (True, [1, 2, 4, 8, 16, 24, 32, 40])):
+        model = LookingModel(is_slow=is_slow)
+        runner_of(model, max_num_seqs=40).warm_up(1)
+        assert list(dict.fromkeys(model.decoded)) == expected
 
 
 def test_all_graphs_can_be_captured_before_something_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,15 @@ class DeviceModel(ABC):
     def forward(self, inputs: DeviceInputs) -> Tensor:
         """Logits [L, V]. May be captured in a graph where `inputs` stay in place."""
 
+    @property
+    def prepares_sizes(self) -> bool:
+        """Whether the first decode step of each number of rows takes long: all of them are to run before serving."""
+        return False
+
+    def can_capture(self, stream: int) -> bool:
+        """Whether decode steps, as those that have run so far, can be captured on a stream (its CUDA handle)."""
+        return True
+
     @torch.inference_mode()
     def pass_bytes(self, num_tokens: int, num_rows: int) -> int:
         """Most memory that a pass of so many tokens and rows of logits takes, measured; before blocks are allocated."""

@@ -104,7 +104,7 @@ class DeviceRunner:
         self._num_sms = 0
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs)
+        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs, is_capturable=model.can_capture)
         self._steps: torch.cuda.Stream | None = None  # the default stream would wait for all others
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -115,20 +115,21 @@ class DeviceRunner:
     def warm_up(self, max_num_tokens: int) -> None:
         """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later.
 
-        Tiles go by the number of tokens and of rows: every size of decode steps runs, and every power of two of chunks.
+        Tiles go by powers of two of tokens and of rows; where the model prepares each size, all decode steps run.
         """
-        sizes, lengths = self._graphs.sizes or (1,), {max_num_tokens}
-        lengths |= {1 << exponent for exponent in range((max_num_tokens - 1).bit_length())}
+        sizes = {1, *self._graphs.sizes}
+        if not self._model.prepares_sizes:
+            sizes &= {self._graphs.bucket_of(rows) for rows in _up_to(self.limits.max_num_seqs)}
         with torch.cuda.stream(self._steps):
             self._rows.warm_up()
             nothing = copied(np.full(1, -1, np.int32), self._device)
             self._model.blocks.copy(nothing, nothing)
-            for size in sizes:
+            for size in sorted(sizes):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), False, False)
-            for length in sorted(lengths):
+            for length in _up_to(max_num_tokens):
                 self._warm_up_mixed(self._padding(length))
             if self.limits.max_model_len > LONG_CONTEXT:
-                for size in sizes:
+                for size in sorted(sizes):
                     self._warm_up_mixed(_padding([1] * size, starts_at=LONG_CONTEXT))
             for filters, adjusts in product((False, True), repeat=2):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, 1), filters, adjusts)
@@ -377,6 +378,11 @@ class DeviceRunner:
                 workspace = SplitWorkspace.empty(*sizes, self._device)
             self._splits[num_rows] = workspace, tiles
         return self._splits[num_rows]
+
+
+def _up_to(most: int) -> list[int]:
+    """Powers of two below `most`, and `most`."""
+    return [*(1 << exponent for exponent in range((most - 1).bit_length())), most]
 
 
 def _padding(lengths: Sequence[int], starts_at: int = 0) -> StepPlan:

@@ -35,8 +35,17 @@ class _Captured:
 class Graphs:
     """Runs `decode` eagerly at first, then as a graph. Without a GPU, or if not `is_used`, always eagerly."""
 
-    def __init__(self, decode: Decode, max_num_seqs: int, device: torch.device, *, is_used: bool) -> None:
-        self._decode, self._device = decode, device
+    def __init__(
+        self,
+        decode: Decode,
+        max_num_seqs: int,
+        device: torch.device,
+        *,
+        is_used: bool,
+        is_capturable: Callable[[int], bool] = lambda stream: True,
+    ) -> None:
+        """`is_capturable`: whether what `decode` has run so far can be captured, given the CUDA handle of a stream."""
+        self._decode, self._device, self._is_capturable = decode, device, is_capturable
         self._is_used = is_used and device.type == "cuda"
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else ()
         self._captured: dict[tuple[int, bool, bool], _Captured] = {}
@@ -79,6 +88,8 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         graph, steps = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
+            if not self._is_capturable(steps.cuda_stream):
+                raise RuntimeError("the model's steps cannot be captured")
             with torch.cuda.graph(graph, pool=self._pool):
                 captured.results = self._decode(staged, filters, adjusts)
             captured.graph = graph
