@@ -315,27 +315,3 @@ def test_answers_of_one_prompt_share_its_blocks_until_they_part(engine_dir: Path
         served_on_device(runner_of(engine_dir, num_blocks=30), requests, ahead=False)[0],
     )
     assert one == other and len(one) == 3
-
-
-@pytest.mark.parametrize(
-    ("by_others", "own", "share", "expected"),
-    [
-        (0, 20, 0.9, 70 - 5),  # alone
-        (45, 20, 0.45, 25 - 5),  # beside another instance that has its half
-        (60, 20, 0.45, 20 - 5),  # others have more than theirs: what is left
-        (45, 50, 0.45, 0),
-    ],
-)
-def test_a_part_of_a_gpu_is_this_instances_own(
-    monkeypatch: pytest.MonkeyPatch, by_others: int, own: int, share: float, expected: int
-) -> None:
-    """What the first of two instances had taken was counted against the second one, which got no block."""
-    gib, total = 1 << 30, 100
-    left = [total - by_others, total - by_others - own]
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (left.pop(0) * gib, total * gib))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    before = device_factory._taken(device)
-    config = EngineConfig(kv=KVConfig(gpu_memory_utilization=share))
-    free = device_factory._free(device, config, 4 * gib, before)
-    assert free is not None and abs(free.num_bytes - expected * gib) <= gib // 1000
