@@ -25,12 +25,12 @@ from pageflight.sched.scheduler import Scheduler
 VOCAB, MAX_LEN = 199, 160
 
 
-def make_checkpoint(folder: Path) -> LlamaForCausalLM:
+def make_checkpoint(folder: Path, *, num_layers: int = 2) -> LlamaForCausalLM:
     """Saved to `folder` and returned; wide enough logits that no greedy choice is a near-tie."""
     torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=128,
