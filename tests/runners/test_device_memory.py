@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import OutOfMemory
 from pageflight.core.plan import RowStart, StepPlan
 from pageflight.core.request import SamplingParams
+from pageflight.kv.capacity import FreeMemory
 from pageflight.lowering.device_blocks import DeviceBlocks
 from pageflight.lowering.device_model import KernelModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.runners import device_factory
 from pageflight.runners.base import SparingRunner
 from pageflight.runners.device import DeviceRunner
-from pageflight.runners.device_graphs import PATIENCE, RUNS_BEFORE, Graphs
+from pageflight.runners.device_wishes import wishes_bytes
 
 MAX_LEN = 64
 
@@ -154,22 +158,6 @@ def test_other_errors_are_not_tried_again(engine_dir: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
-def test_released_graphs_are_captured_again_but_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs that were captured again at once would take the memory that they were given up for."""
-    captured: list[int] = []
-    graphs = Graphs(lambda staged, filters, adjusts: torch.zeros(1), 4, torch.device("cpu"), is_used=True)
-    graphs._is_used = True  # there is no GPU here; what is counted is the same
-    monkeypatch.setattr(graphs, "_capture", lambda state, *step: captured.append(state.num_runs))
-    step = type("Step", (), {"rows_S": torch.zeros(2)})()
-    for _ in range(2 * RUNS_BEFORE):
-        graphs.run(step, False, False)
-    assert captured == [RUNS_BEFORE]
-    graphs.release()
-    for _ in range(RUNS_BEFORE * PATIENCE):
-        graphs.run(step, False, False)
-    assert captured == [RUNS_BEFORE, RUNS_BEFORE * PATIENCE]
-
-
 def load(engine_dir: Path, num_blocks: int) -> tuple[DeviceRunner, Any]:
     config = EngineConfig(
         kv=KVConfig(num_blocks=num_blocks),
@@ -212,4 +200,75 @@ def test_sequences_get_as_short_as_what_is_left(engine_dir: Path, monkeypatch: p
     monkeypatch.setattr(DeviceBlocks, "allocate", all_but_one)
     runner, capacity = load(engine_dir, 2)
     assert capacity.max_sequence_len == runner.limits.max_model_len == 33
+    runner.close()
+
+
+@pytest.mark.parametrize(
+    ("by_others", "own", "share", "num_instances", "expected"),
+    [
+        (0, 20, 0.9, 1, 70 - 5),  # alone
+        (45, 20, 0.45, 1, 25 - 5),  # beside another instance that has its half
+        (45, 20, 0.9, 2, 25 - 5),  # the same where nobody said which GPU is whose
+        (60, 20, 0.45, 1, 20 - 5),  # others have more than theirs: what is left
+        (45, 50, 0.45, 1, 0),
+    ],
+)
+def test_a_part_of_a_gpu_is_this_instances_own(
+    monkeypatch: pytest.MonkeyPatch, by_others: int, own: int, share: float, num_instances: int, expected: int
+) -> None:
+    """What the first of two instances had taken was counted against the second one, which got no block; or what was
+    left of all that both may have was halved, as if the weights of one were those of both."""
+    gib, total = 1 << 30, 100
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((total - by_others - own) * gib, total * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own * gib)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    config = EngineConfig(kv=KVConfig(gpu_memory_utilization=share))
+    free = device_factory._free(device, config, 4 * gib, num_instances)
+    assert free is not None and abs(free.num_bytes - expected * gib) <= gib // 1000
+
+
+def test_instances_divide_a_gpu_once(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each had a quarter of what two were to share; and rows of many long sequences were nobody's memory."""
+    asked: list[tuple[int, int]] = []
+
+    def free(device: torch.device, config: EngineConfig, pass_bytes: int, num_instances: int) -> FreeMemory:
+        asked.append((pass_bytes, num_instances))
+        return FreeMemory(num_bytes=10 * 2 * 2 * 2 * 32 * 16 * 4, source="a card")
+
+    monkeypatch.setattr(device_factory, "_free", free)
+    scheduler = SchedulerConfig(max_num_tokens=40, max_num_seqs=30, max_model_len=MAX_LEN)
+    loaded = partial(device_factory.load_on_gpu, engine_dir, EngineConfig(scheduler=scheduler), torch.device("cpu"))
+    runner, capacity = loaded(num_instances=2)
+    assert capacity.kv.num_blocks == 10, capacity.reason
+    assert asked == [(wishes_bytes(30, 199) + 4 * 30 * (MAX_LEN + 2), 2)]
+    assert runner._rows.state.nbytes >= 4 * 30 * (MAX_LEN + 2)
+    runner.close()
+
+
+def test_a_runner_that_lacks_memory_is_gone_before_the_next_one(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows and scores lay beside those of the next one, which lacked just that."""
+    made: list[weakref.ref[DeviceRunner]] = []
+
+    class Runner(DeviceRunner):
+        def __init__(self, model: KernelModel, **settings: Any) -> None:
+            assert all(runner() is None for runner in made)
+            made.append(weakref.ref(self))
+            model.device = torch.device("cpu")
+            super().__init__(model, **settings)
+            model.device = torch.device("cuda")  # a runner is warmed up there
+
+        def warm_up(self, max_num_tokens: int) -> None:
+            if len(made) < 3:
+                raise OutOfMemory("one step more than there is")
+
+    monkeypatch.setattr(device_factory, "DeviceRunner", Runner)
+    gc.disable()
+    try:
+        runner, capacity = load(engine_dir, 40)
+    finally:
+        gc.enable()
+    assert len(made) == 3 and capacity.kv.num_blocks == 32
     runner.close()

@@ -72,7 +72,7 @@ def prepare_kernel(
     ids = tl.load(state + wide * stride_tokens + position, mask=real, other=0)
     block = tl.load(state + tables_at + wide * stride_tables + position // BLOCK_SIZE, mask=real, other=0)
     tl.store(ids_T + index, ids, mask=inside)
-    tl.store(positions_T + index, position, mask=inside)
+    tl.store(positions_T + index, tl.where(real, position, 0), mask=inside)
     tl.store(slots_T + index, tl.where(real, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=inside)
     tl.store(num_tokens_R + row, position + 1, mask=is_last)
     if DECODE:
@@ -133,7 +133,7 @@ def prepare(
     stride_tables: int,
     block_size: int,
 ) -> None:
-    """Ids, positions and slots of a step's tokens, all int32; a row of -1 is padding: id 0, slot -1, length 0.
+    """Ids, positions and slots of a step's tokens, all int32; for padding, a row of -1, 0 and slot -1.
 
     Without `token_begins` [S + 1] and `sequences_T` every row runs one token, and `lens_S` gets the keys that it sees.
     `num_tokens_R` gets, for rows that run, the tokens up to and with the last one of this step.

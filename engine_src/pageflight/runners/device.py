@@ -9,7 +9,7 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -30,7 +30,7 @@ from pageflight.kernels.tuning import AttentionTiles
 from pageflight.lowering.device_blocks import LONG_CONTEXT, DeviceInputs, first_line, is_shortage
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.runners.base import RunnerLimits
-from pageflight.runners.device_graphs import Graphs
+from pageflight.runners.device_graphs import RUNS_BEFORE, Graphs
 from pageflight.runners.device_rows import DeviceRows, StagedStep
 from pageflight.runners.device_wishes import RowWishes, copied
 from pageflight.runners.local import COPIES_MEASURED, COPY_ROUNDS
@@ -40,19 +40,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Int32Array = NDArray[np.int32]
 MAX_IN_FLIGHT = 2
-WARM_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 256)
-"""Of chunks: the tiles of attention and of integer products go by powers of two."""
 _NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Flight:
     """A step on its way: `results` int32 [3, L] on the host, there once `arrived` has happened; None where no row
-    samples. `log_probs_L`: who asked for them."""
+    runs. `log_probs_L`: who asked for them."""
 
     plan: StepPlan
     log_probs_L: NDArray[np.bool_]
     results: Tensor | None = None
+    kept: Tensor | None = None  # what they are copied from, until then
     arrived: torch.cuda.Event | None = None
 
 
@@ -105,7 +104,7 @@ class DeviceRunner:
         self._num_sms = 0
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs)
+        self._graphs = Graphs(self._decode, max_num_seqs, device, is_used=uses_graphs, is_capturable=model.can_capture)
         self._steps: torch.cuda.Stream | None = None  # the default stream would wait for all others
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -114,20 +113,35 @@ class DeviceRunner:
             torch.cuda.synchronize(device)  # what was made so far was made on the default stream
 
     def warm_up(self, max_num_tokens: int) -> None:
-        """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later."""
+        """Compile what steps launch, on rows that nobody holds: a stream would wait seconds for it later.
+
+        Tiles go by powers of two of tokens and of rows; where the model prepares each size, all decode steps run.
+        """
+        sizes = {1, *self._graphs.sizes}
+        if not self._model.prepares_sizes:
+            sizes &= {self._graphs.bucket_of(rows) for rows in _up_to(self.limits.max_num_seqs)}
         with torch.cuda.stream(self._steps):
             self._rows.warm_up()
-            lengths = {length for length in WARM_LENGTHS if length < max_num_tokens} | {max_num_tokens}
-            for size in sorted({1, self._graphs.bucket_of(2), self._graphs.bucket_of(self.limits.max_num_seqs)}):
+            nothing = copied(np.full(1, -1, np.int32), self._device)
+            self._model.blocks.copy(nothing, nothing)
+            for size in sorted(sizes):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), False, False)
-            for length in sorted(lengths):
-                plan = _padding(length)
-                self._mixed(plan, self._rows.stage_mixed(plan, length), False, False)
+            for length in _up_to(max_num_tokens):
+                self._warm_up_mixed(self._padding(length))
             if self.limits.max_model_len > LONG_CONTEXT:
-                plan = replace(_padding(1), starts_at=np.full(1, LONG_CONTEXT, np.int32))
-                self._mixed(plan, self._rows.stage_mixed(plan, 1), False, False)
+                for size in sorted(sizes):
+                    self._warm_up_mixed(_padding([1] * size, starts_at=LONG_CONTEXT))
             for filters, adjusts in product((False, True), repeat=2):
                 self._decode(self._rows.stage_decode(_NO_IDS, _NO_IDS, 1), filters, adjusts)
+
+    def capture_all(self, *, filters: bool = False, adjusts: bool = False) -> None:
+        """Run decode steps of every size, on rows that nobody holds, until they are captured: for measurements.
+
+        `filters`, `adjusts`: of which kind, see `RowWishes.kinds_of`. Sizes that memory was taken from wait longer.
+        """
+        with torch.cuda.stream(self._steps):
+            for size, _ in product(self._graphs.sizes, range(RUNS_BEFORE + 1)):
+                self._graphs.run(self._rows.stage_decode(_NO_IDS, _NO_IDS, size), filters, adjusts)
 
     def submit(self, plan: StepPlan) -> None:
         """Apply the plan's differences and begin its forward pass; a plan without rows changes state only.
@@ -159,8 +173,8 @@ class DeviceRunner:
             else:
                 staged = self._rows.stage_mixed(plan, plan.num_tokens)
                 begin = partial(self._mixed, plan, staged, *kinds)
-            fetched = self._within_memory(lambda: self._fetched(begin, len(staged.sample_rows_L)))
-            flight = replace(flight, results=fetched[0], arrived=fetched[1])
+            started = flight
+            flight = self._within_memory(lambda: self._fetched(started, begin, len(staged.sample_rows_L)))
         self._in_flight.append(flight)
 
     def collect(self) -> StepResult:
@@ -185,6 +199,15 @@ class DeviceRunner:
         self._model.close()
 
     # --- passes
+
+    def _padding(self, num_tokens: int) -> StepPlan:
+        """So many tokens, or as many as a step can have, in chunks that sequences can have: their keys are read."""
+        longest, most_rows = self.limits.max_model_len, self.limits.max_num_seqs
+        num_chunks, rest = divmod(min(num_tokens, longest * most_rows), longest)
+        return _padding([longest] * num_chunks + [rest] * (rest > 0))
+
+    def _warm_up_mixed(self, plan: StepPlan) -> None:
+        self._mixed(plan, self._rows.stage_mixed(plan, plan.num_tokens), False, False)
 
     def _decode(self, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
         """One token for every row, from its row to its result; what a graph captures."""
@@ -283,22 +306,21 @@ class DeviceRunner:
         )
         return results
 
-    def _fetched(self, begin: Callable[[], Tensor], num_lines: int) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _fetched(self, flight: _Flight, begin: Callable[[], Tensor], num_lines: int) -> _Flight:
         """The results of a pass on their way to the host, on a stream of their own: the next step need not wait.
 
         All memory that they need is there before the pass begins.
         """
         kept = torch.empty(3, num_lines, dtype=torch.int32, device=self._device)
         if self._copies is None:
-            return kept.copy_(begin()), None
+            return replace(flight, results=kept.copy_(begin()))
         on_host = torch.empty(kept.shape, dtype=torch.int32, pin_memory=True)
         kept.copy_(begin())  # a captured graph writes to the same place again
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             on_host.copy_(kept, non_blocking=True)
-            kept.record_stream(self._copies)
             arrived = self._copies.record_event()
-        return on_host, arrived
+        return replace(flight, results=on_host, kept=kept, arrived=arrived)
 
     def _within_memory(self, call: Callable[[], T]) -> T:
         """`call`, and once more where memory did not suffice, after giving up what can be spared."""
@@ -358,14 +380,19 @@ class DeviceRunner:
         return self._splits[num_rows]
 
 
-def _padding(num_tokens: int) -> StepPlan:
+def _up_to(most: int) -> list[int]:
+    """Powers of two below `most`, and `most`."""
+    return [*(1 << exponent for exponent in range((most - 1).bit_length())), most]
+
+
+def _padding(lengths: Sequence[int], starts_at: int = 0) -> StepPlan:
     """A step that nobody has: it writes nowhere."""
     return StepPlan(
         step=-1,
-        rows=np.full(1, -1, np.int32),
-        starts_at=np.zeros(1, np.int32),
-        lengths=np.full(1, num_tokens, np.int32),
-        samples=np.ones(1, np.bool_),
+        rows=np.full(len(lengths), -1, np.int32),
+        starts_at=np.full(len(lengths), starts_at, np.int32),
+        lengths=np.array(lengths, np.int32),
+        samples=np.ones(len(lengths), np.bool_),
     )
 
 

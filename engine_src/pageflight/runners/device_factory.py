@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.tensorrt_model import load_segments
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.runners.device import DeviceRunner
+from pageflight.runners.device_rows import rows_bytes
 from pageflight.runners.device_wishes import wishes_bytes
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 SHRUNK_TO, LEAST_SHARE = 0.9, 0.5
 """Share of its blocks that a cache keeps when they do not fit, and that of the computed size that it keeps at least."""
 RESERVED_BYTES = 1 << 30
-"""For what is not measured beforehand: captured graphs, library handles, splits of contexts."""
+"""For what is not measured beforehand: CUDA's context, captured graphs, library handles, splits of contexts."""
 
 
 def find_gpu() -> torch.device | None:
@@ -48,16 +50,16 @@ def load_on_gpu(
     logged, and the weights are the same.
 
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
-    which is measured; what others have of the GPU is not counted, as long as there is enough beside it. With a
-    `communicator` this is one rank's part of an engine of the torch lowering, on its own GPU: sizes of the cache are
-    shared by the ranks, and all have as many blocks as the one with the fewest. Raises
+    which is measured; what others have of the GPU is not counted, as long as there is enough beside it.
+    `num_instances` that may use the same GPU have that part of its memory in equal shares. With a `communicator` this
+    is one rank's part of an engine of the torch lowering, on its own GPU: sizes of the cache are shared by the ranks,
+    and all have as many blocks as the one with the fewest. Raises
     ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
     if device.type == "cuda":
         check_launcher()
-    taken_before = _taken(device)
     model, longest = _model(engine_dir, device, communicator)
     if communicator is not None:
         config = replace(config, kv=_share(config.kv, communicator.place.tensor_parallel))
@@ -65,13 +67,15 @@ def load_on_gpu(
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
     pass_bytes += wishes_bytes(scheduler.max_num_seqs, model.config.vocab_size)
+    pass_bytes += rows_bytes(scheduler.max_num_seqs, scheduler.max_model_len, model.blocks.block_size)
+    free = _free(device, config, pass_bytes, num_instances)
     capacity = resolve_capacity(
         replace(config.kv, block_size=model.blocks.block_size),
         scheduler,
         bytes_per_block=model.blocks.bytes_per_block,
-        free=_free(device, config, pass_bytes, taken_before),
-        host_free=free_memory() if device.type == "cuda" else None,
-        num_instances=num_instances,
+        free=free,
+        host_free=None if free is None else free_memory(),
+        num_instances=num_instances if free is None else 1,
         fraction=1.0,
     )
     if communicator is not None:
@@ -90,6 +94,7 @@ def _runner(
     """
     wanted = capacity.kv.num_blocks
     while True:
+        runner = None
         try:
             runner = DeviceRunner(
                 model,
@@ -110,6 +115,8 @@ def _runner(
         if not is_alone or num_blocks < max(1, wanted * LEAST_SHARE):
             raise OutOfMemory(f"{model.device}: not even {capacity.kv.num_blocks} of {wanted} blocks fit: {reason}")
         log.warning("%d blocks do not fit, trying %d: %s", capacity.kv.num_blocks, num_blocks, reason)
+        runner = None
+        gc.collect()  # a runner and its graphs hold each other: its rows and scores would lie beside the next one's
         model.blocks.free()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -143,26 +150,20 @@ def _model(engine_dir: Path, device: torch.device, communicator: Communicator | 
     return model, engine.manifest.max_model_len
 
 
-def _taken(device: torch.device) -> int:
-    """Bytes of a GPU that are in use, by whomever."""
-    if device.type != "cuda":
-        return 0
-    left, total = torch.cuda.mem_get_info(device)
-    return total - left
+def _free(device: torch.device, config: EngineConfig, pass_bytes: int, num_instances: int) -> FreeMemory | None:
+    """Memory for blocks; None takes what the host has, for a device that is the host's processor.
 
-
-def _free(device: torch.device, config: EngineConfig, pass_bytes: int, taken_before: int) -> FreeMemory | None:
-    """Memory for blocks; None takes what the host has, for a device that is the host's processor. `taken_before`: bytes
-    in use before the model was loaded."""
+    What is in use is what this process's allocator holds: other instances may be loading meanwhile.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     left, total = torch.cuda.mem_get_info(device)
-    used = max(0, total - left - taken_before)
-    if config.kv.num_blocks:  # a core started again gets what the first one had, if it is there at all
-        return FreeMemory(num_bytes=max(0, left - pass_bytes), source=f"left on {torch.cuda.get_device_name(device)}")
-    utilization = config.kv.gpu_memory_utilization
-    num_bytes = max(0, min(int(total * utilization) - used, left) - pass_bytes - RESERVED_BYTES)
     name = torch.cuda.get_device_name(device)
-    source = f"gpu_memory_utilization={utilization:g} of {name}, {used} in use, {taken_before} by others"
-    return FreeMemory(num_bytes=num_bytes, source=source)
+    if config.kv.num_blocks:  # a core started again gets what the first one had, if it is there at all
+        return FreeMemory(num_bytes=max(0, left - pass_bytes), source=f"left on {name}")
+    utilization, used = config.kv.gpu_memory_utilization, torch.cuda.memory_reserved(device)
+    share = int(total * utilization) // num_instances - used
+    among = f" among {num_instances} instances" if num_instances > 1 else ""
+    source = f"gpu_memory_utilization={utilization:g} of {name}{among}, {used} in use, {left} left"
+    return FreeMemory(num_bytes=max(0, min(share, left) - pass_bytes - RESERVED_BYTES), source=source)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pageflight.lowering.device_blocks import first_line, is_shortage
 from pageflight.runners.device_rows import StagedStep
 
 log = logging.getLogger(__name__)
@@ -34,16 +35,32 @@ class _Captured:
 class Graphs:
     """Runs `decode` eagerly at first, then as a graph. Without a GPU, or if not `is_used`, always eagerly."""
 
-    def __init__(self, decode: Decode, max_num_seqs: int, device: torch.device, *, is_used: bool) -> None:
-        self._decode, self._device = decode, device
+    def __init__(
+        self,
+        decode: Decode,
+        max_num_seqs: int,
+        device: torch.device,
+        *,
+        is_used: bool,
+        is_capturable: Callable[[int], bool] = lambda stream: True,
+    ) -> None:
+        """`is_capturable`: whether what `decode` has run so far can be captured, given the CUDA handle of a stream."""
+        self._decode, self._device, self._is_capturable = decode, device, is_capturable
         self._is_used = is_used and device.type == "cuda"
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else ()
         self._captured: dict[tuple[int, bool, bool], _Captured] = {}
-        self._runs_before = RUNS_BEFORE
+        self._runs_before, self._can_capture = RUNS_BEFORE, True
+        self._max_num_seqs = max_num_seqs
         self._pool = torch.cuda.graph_pool_handle() if self._is_used else None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All buckets, ascending; none without a GPU, where steps run with the rows that they have."""
+        return self._sizes
 
     def bucket_of(self, num_rows: int) -> int:
         """Rows that such a step runs with."""
+        assert num_rows <= self._max_num_seqs, f"a step of {num_rows} rows of {self._max_num_seqs}"
         return next((size for size in self._sizes if size >= num_rows), num_rows)
 
     def run(self, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
@@ -56,7 +73,7 @@ class Graphs:
             return captured.results
         results = self._decode(staged, filters, adjusts)
         captured.num_runs += 1
-        if captured.num_runs == self._runs_before:
+        if captured.num_runs == self._runs_before and self._can_capture:
             self._capture(captured, staged, filters, adjusts)
         return results
 
@@ -64,18 +81,36 @@ class Graphs:
         """Give back the memory of all graphs, none of which may be running. Sizes are captured again, but later."""
         self._captured.clear()
         self._runs_before *= PATIENCE
+        self._leave_pool()
 
     def _capture(self, captured: _Captured, staged: StagedStep, filters: bool, adjusts: bool) -> None:
         """Record the step that has just run. Where that fails, steps of this size go on without a graph."""
         torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
+        graph, steps = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
+            if not self._is_capturable(steps.cuda_stream):
+                raise RuntimeError("the model's steps cannot be captured")
             with torch.cuda.graph(graph, pool=self._pool):
-                results = self._decode(staged, filters, adjusts)
-        except RuntimeError as error:  # no memory among them
-            log.warning("no graph of %d rows: %s", len(staged.rows_S), error)
-            return
-        captured.graph, captured.results = graph, results
+                captured.results = self._decode(staged, filters, adjusts)
+            captured.graph = graph
+        except RuntimeError as error:
+            captured.results = None
+            self._give_up(len(staged.rows_S), error)
+        finally:
+            torch.cuda.set_stream(steps)  # where a capture fails, torch leaves its stream as the current one
+
+    def _give_up(self, num_rows: int, error: RuntimeError) -> None:
+        """After a failure that is no want of memory none is tried again: torch may think that it still records."""
+        self._can_capture = is_shortage(error)
+        others = "" if self._can_capture else ", nor of any size from now on"
+        log.warning("no graph of %d rows%s: %s", num_rows, others, first_line(error))
+        if all(captured.graph is None for captured in self._captured.values()):
+            self._leave_pool()
+
+    def _leave_pool(self) -> None:
+        """No graph lives: torch refuses a pool that none uses and where something lies, as cuBLAS's workspace does."""
+        if self._pool is not None:
+            self._pool = torch.cuda.graph_pool_handle()
 
     def close(self) -> None:
         self._captured.clear()

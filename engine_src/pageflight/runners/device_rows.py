@@ -217,6 +217,11 @@ def _rounded(num_words: int) -> int:
     return -(-num_words // ROUND) * ROUND
 
 
+def rows_bytes(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Memory of tokens and block tables: four bytes for each of them."""
+    return 4 * max_num_seqs * (max_model_len + -(-max_model_len // block_size))
+
+
 def packed_rows(num_rows: int) -> tuple[Int32Array, Int32Array]:
     """Words of the sampling parameters of greedy rows: floats of all rows, then integers of all rows."""
     parameters = RowParameters.empty(num_rows, "cpu")
