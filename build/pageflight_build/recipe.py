@@ -142,6 +142,12 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
     instances = parse_instances(options.serving.instances)
     if all(instance.devices.kind == "any" for instance in instances):
         instances = instances[:1]
+    on_gpus = [str(instance.devices) for instance in instances if instance.devices.kind == "gpu"]
+    if on_gpus and options.serving.pipeline_parallel > 1:
+        raise ConfigError(
+            f"pipeline_parallel={options.serving.pipeline_parallel}: stages run on processors only so far, not on"
+            f" {on_gpus[0]}"
+        )
     wanted = [instance.engine_options(options.engine) for instance in instances]
     ranks: dict[str, set[int]] = {}
     for instance, engine in zip(instances, wanted, strict=True):

@@ -189,6 +189,9 @@ def test_ranks_that_do_not_work_are_refused_with_those_that_do(checkpoint: Path,
         attempt(2, engine=EngineOptions(dtype="fp32"))
     with pytest.raises(ConfigError, match="pipeline_parallel=2: only engine torch runs on several ranks, not openvino"):
         attempt(1, 2, engine=EngineOptions(dtype="fp32"))
+    on_gpus = ServingOptions(instances="cpu; gpu0,1", pipeline_parallel=2)
+    with pytest.raises(ConfigError, match="pipeline_parallel=2: stages run on processors only so far, not on gpu0,1"):
+        build(options(checkpoint, repository, engine=engine, serving=on_gpus))
 
 
 def test_a_deterministic_build_is_verified_once(checkpoint: Path, tmp_path: Path) -> None:
