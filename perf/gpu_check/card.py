@@ -11,7 +11,21 @@ import torch
 import triton
 
 Record = dict[str, object]
+"""What a check found; `failed` in it says what is wrong, `skipped` why nothing was checked."""
 CALLS = 10  # in a graph
+
+
+def failure(complaint: str, *, unless: bool) -> Record:
+    """What a record is extended by: nothing where all is right."""
+    return {} if unless else {"failed": complaint}
+
+
+def attempted(name: str, check: Callable[[], Record]) -> Record:
+    """The record of a check. One that raises has failed: the next may still say something."""
+    try:
+        return check()
+    except Exception as error:
+        return {"name": name, "failed": f"{type(error).__name__}: {error}"}
 
 
 @dataclass(frozen=True, slots=True)

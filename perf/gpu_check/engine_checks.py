@@ -17,11 +17,13 @@ from pageflight.core.request import Request, SamplingParams
 from pageflight.models.config import DecoderConfig
 from pageflight.runners.device import DeviceRunner
 from pageflight.sched.scheduler import Scheduler
-from perf.gpu_check.card import Card, Record
+from perf.gpu_check.card import Card, Record, attempted, failure
 from perf.gpu_check.models import BLOCK_SIZE, random_model, weight_bytes
 
 MEMORY_SHARE = 0.85
 CONTEXT = 256  # of the rows whose step is timed
+WARM_REQUESTS, WARM_TOKENS = 16, 4
+"""Of a run before the measured one."""
 IDLE_AFTER, IDLE_STEPS = 40, 64
 """Steps before the trace of what the card does, when prompts and answers are mixed, and in it."""
 
@@ -33,6 +35,9 @@ class Load:
     num_prompt: int
     num_output: int
     num_requests: int
+
+    def facts(self) -> Record:
+        return {"input": self.num_prompt, "output": self.num_output, "requests": self.num_requests}
 
 
 def compute_of(card: Card) -> torch.dtype:
@@ -90,8 +95,12 @@ def graphs(card: Card, config: DecoderConfig) -> Iterator[Record]:
             scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
         answers.append(drive(scheduler, runner).ids)
         runner.close()
-    assert answers[0] == answers[1], "captured steps give other ids than eager ones"
-    yield {"name": "graphs", "sequences": len(answers[0]), "tokens": sum(map(len, answers[0].values()))}
+    yield {
+        "name": "graphs",
+        "sequences": len(answers[0]),
+        "tokens": sum(map(len, answers[0].values())),
+        **failure("captured steps give other ids than eager ones", unless=answers[0] == answers[1]),
+    }
 
 
 def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...]) -> Iterator[Record]:
@@ -157,46 +166,56 @@ def throughput(
 ) -> Iterator[Record]:
     """Offline: all requests at once, every answer as long as asked for, which is checked."""
     for load in loads:
-        runner = make_runner(
-            card,
-            config,
-            dtype,
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=max_num_tokens + max_num_seqs,
-            max_model_len=load.num_prompt + load.num_output + 1,
-        )
-        chance = np.random.default_rng(5)
-        # The first run compiles kernels and captures graphs of all sizes: answers of many lengths end one by one.
-        for is_warm in (False, True):
-            scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
-            count = load.num_requests if is_warm else min(load.num_requests, max_num_seqs)
-            for handle in range(count):
-                prompt = _prompt(chance, load, config.vocab_size)
-                sampling = SamplingParams(max_tokens=load.num_output if is_warm else 2 + handle % 96)
-                scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
-            run = drive(scheduler, runner)
-        idle = _idle_share(card, runner, load, chance, max_num_tokens)
-        lengths = {len(ids) for ids in run.ids.values()}
-        assert lengths == {load.num_output} and len(run.ids) == count, f"answers of {lengths} tokens"
-        yield {
-            "name": f"throughput {dtype}",
-            "input": load.num_prompt,
-            "output": load.num_output,
-            "requests": count,
-            "out_tok_s": round(count * load.num_output / run.seconds, 1),
-            "seconds": round(run.seconds, 2),
-            "steps": run.num_steps,
-            "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
-            "waited_share": round(run.waited_s / run.seconds, 3),
-            "gpu_idle_share": idle,
-            "kv_blocks": runner.limits.num_blocks,
-        }
-        runner.close()
-        del runner
+
+        def check(load: Load = load) -> Record:
+            return _offline(card, config, dtype, load, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens)
+
+        yield {"name": f"throughput {dtype}", **load.facts(), **attempted(f"throughput {dtype}", check)}
 
 
-def _prompt(chance: np.random.Generator, load: Load, vocab_size: int) -> tuple[int, ...]:
-    return tuple(chance.integers(2, vocab_size, load.num_prompt).tolist())
+def _offline(
+    card: Card, config: DecoderConfig, dtype: str, load: Load, *, max_num_seqs: int, max_num_tokens: int
+) -> Record:
+    runner = make_runner(
+        card,
+        config,
+        dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=max_num_tokens + max_num_seqs,
+        max_model_len=load.num_prompt + load.num_output + 1,
+    )
+    chance = np.random.default_rng(5)
+    if card.is_gpu:  # what is compiled or captured later would be measured
+        drive(_requested(runner, load, chance, max_num_tokens, count=WARM_REQUESTS, num_output=WARM_TOKENS), runner)
+    count = load.num_requests
+    run = drive(_requested(runner, load, chance, max_num_tokens, count=count, num_output=load.num_output), runner)
+    idle = _idle_share(card, runner, load, chance, max_num_tokens)
+    runner.close()
+    lengths = sorted({len(ids) for ids in run.ids.values()})
+    complaint = f"{len(run.ids)} of {count} answers, of {lengths} tokens"
+    return {
+        "name": f"throughput {dtype}",
+        "out_tok_s": round(count * load.num_output / run.seconds, 1),
+        "seconds": round(run.seconds, 2),
+        "steps": run.num_steps,
+        "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
+        "waited_share": round(run.waited_s / run.seconds, 3),
+        "gpu_idle_share": idle,
+        "kv_blocks": runner.limits.num_blocks,
+        **failure(complaint, unless=lengths == [load.num_output] and len(run.ids) == count),
+    }
+
+
+def _requested(
+    runner: DeviceRunner, load: Load, chance: np.random.Generator, max_num_tokens: int, *, count: int, num_output: int
+) -> Scheduler:
+    """So many of the load's requests, with prompts at random."""
+    scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
+    for handle in range(count):
+        prompt = tuple(chance.integers(2, runner.limits.vocab_size, load.num_prompt).tolist())
+        sampling = SamplingParams(max_tokens=num_output)
+        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+    return scheduler
 
 
 def _idle_share(
@@ -208,11 +227,8 @@ def _idle_share(
     """
     if not card.is_gpu:
         return None
-    scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
-    for handle in range(runner.limits.max_num_seqs):
-        prompt = _prompt(chance, load, runner.limits.vocab_size)
-        sampling = SamplingParams(max_tokens=load.num_output)
-        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+    count = runner.limits.max_num_seqs
+    scheduler = _requested(runner, load, chance, max_num_tokens, count=count, num_output=load.num_output)
     drive(scheduler, runner, num_steps=IDLE_AFTER)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         drive(scheduler, runner, num_steps=IDLE_STEPS)

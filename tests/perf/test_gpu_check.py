@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from perf.gpu_check import __main__ as gpu_check
 from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments, tuning_checks
-from perf.gpu_check.card import Card
+from perf.gpu_check.card import Card, Record
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
@@ -27,21 +29,80 @@ CARD = Card(torch.device("cpu"))
 
 def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that compares a result with itself passes on every card."""
-    records = Checks(CARD, is_tiny=True).run()
+    records = list(Checks(CARD, is_tiny=True).run())
+    assert not [record for record in records if "failed" in record]
     assert len(records) >= 16 and all("error" in record for record in records[2:])
     right = kernel_checks.silu_mul
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such kernel")
+
     monkeypatch.setattr(kernel_checks, "silu_mul", lambda x: 1.01 * right(x))
-    with pytest.raises(AssertionError, match="silu_mul: relative error"):
-        Checks(CARD, is_tiny=True).run()
+    monkeypatch.setattr(kernel_checks, "gemm_int8", refused)
+    wrong = {record["name"]: str(record["failed"]) for record in Checks(CARD, is_tiny=True).run() if "failed" in record}
+    assert set(wrong) == {"silu_mul", "gemm_int8 T=1", "gemm_int8 T=8", "gemm_int8 T=32"}
+    assert wrong["silu_mul"].startswith("relative error 1") and "no such kernel" in wrong["gemm_int8 T=8"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_steps_and_throughput_are_measured(dtype: str) -> None:
-    steps = list(engine_checks.steps(CARD, SHAPES["tiny"], dtype, (1, 2)))
+def test_a_wrong_result_is_kept_with_all_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first wrong result, or the end of the time, took with it all that had been found before."""
+    found: list[int] = []
+
+    def part(self: Any) -> Iterator[Record]:
+        yield {"name": "first", "failed": "too large"}
+        found.append(len(written(tmp_path)))
+        yield {"name": "second"}
+        raise RuntimeError("the card is gone")
+
+    monkeypatch.setattr(gpu_check.Parts, "kernels", part)
+    with pytest.raises(SystemExit, match=r"2 of 3 failed: first, kernels"):
+        gpu_check.main(["kernels", "--device", "cpu", "--out", str(tmp_path)])
+    assert found == [1], "the file is written while the part runs"
+    assert written(tmp_path)[1:] == [
+        {"name": "second"},
+        {"name": "kernels", "failed": "RuntimeError: the card is gone"},
+    ]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_what_could_not_be_checked_is_not_taken_for_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no package took the card, a part ended in silence as one does whose results are all right."""
+    for records in ([], [{"name": "tensorrt", "skipped": "no flavor takes the card"}]):
+        monkeypatch.setattr(gpu_check.Parts, "tensorrt", lambda self, records=records: records)
+        gpu_check.main(["tensorrt", "--device", "cpu"])
+        assert "tensorrt: nothing was checked" in capsys.readouterr().err
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.glob("gpu_*.json")
+    records: list[dict[str, Any]] = json.loads(path.read_text())["records"]
+    return records
+
+
+def test_steps_are_measured() -> None:
+    steps = list(engine_checks.steps(CARD, SHAPES["tiny"], "fp8", (1, 2)))
     assert [record["batch"] for record in steps] == [1, 2] and all(record["ms"] > 0 for record in steps)
-    load = Load(num_prompt=9, num_output=3, num_requests=3)
-    (record,) = engine_checks.throughput(CARD, SHAPES["tiny"], dtype, (load,), max_num_seqs=4, max_num_tokens=16)
-    assert record["requests"] == 3 and record["out_tok_s"] > 0
+
+
+def test_throughput_is_measured_and_a_load_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that end early are a better throughput, and wrong."""
+    right, lengths = engine_checks.drive, iter((0, 1))
+
+    def drive(*arguments: Any, **options: Any) -> engine_checks.Driven:
+        if not next(lengths):
+            raise RuntimeError("out of blocks")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(engine_checks, "drive", drive)
+    load = Load(num_prompt=9, num_output=2, num_requests=2)
+    sizes = {"max_num_seqs": 2, "max_num_tokens": 16}
+    first, second = engine_checks.throughput(CARD, SHAPES["tiny"], "bf16", (load, load), **sizes)
+    assert first["failed"] == "RuntimeError: out of blocks" and first["requests"] == 2
+    assert "failed" not in second and second["requests"] == 2 and second["out_tok_s"] > 0
 
 
 def test_every_tensorrt_package_gets_an_answer_and_what_serves_instead() -> None:
