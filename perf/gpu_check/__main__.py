@@ -2,8 +2,9 @@
 
     python -m perf.gpu_check kernels [--out FOLDER]
 
-A part that finds a wrong result records it, goes on, and fails at its end. `--device cpu` runs the same code in Triton's interpreter on a tiny model: that
-shows that the checks work, and its times mean nothing. Writes gpu_PART_DATE.json and prints a table.
+A part that finds a wrong result records it, goes on, and fails at its end. `--device cpu` runs the same code in
+Triton's interpreter on a tiny model: that shows that the checks work, and its times mean nothing. Writes
+gpu_PART_DATE.json and prints a table.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,17 @@ WARM_REQUESTS, WARM_TOKENS = 16, 4
 """Of a run before the measured one."""
 IDLE_AFTER, IDLE_STEPS = 40, 64
 """Steps before the trace of what the card does, when prompts and answers are mixed, and in it."""
+
+
+GRAPH_REQUESTS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1},
+    {"logit_bias": ((5, 2.5), (7, -100.0)), "min_tokens": 3, "stop_token_ids": (9, 11)},
+    {"temperature": 1.0, "bad_words_ids": ((13,), (17, 19)), "frequency_penalty": 0.5},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "min_p": 0.01},
+    {},
+)
+"""What answers wish that end one after another: steps are captured with and without what such wishes take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +65,13 @@ def make_runner(
     max_num_seqs: int,
     max_num_tokens: int,
     max_model_len: int,
+    kv_dtype: str | None = None,
     uses_graphs: bool = True,
 ) -> DeviceRunner:
     """A runner with blocks for all its rows, as far as the card's memory goes."""
     gc.collect()  # a runner before this one refers to itself
-    model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute_of(card))
+    compute = compute_of(card)
+    model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute, kv_dtype=kv_dtype)
     num_blocks = max_num_seqs * -(-max_model_len // BLOCK_SIZE)
     if card.is_gpu:
         torch.cuda.empty_cache()
@@ -77,26 +92,28 @@ def make_runner(
 
 
 def graphs(card: Card, config: DecoderConfig) -> Iterator[Record]:
-    """Captured steps give the ids of eager ones, greedy and sampled, with a new number of rows in every turn."""
+    """Captured steps give the ids of eager ones, with ever fewer rows: K/V as activations, and FP8."""
+    for kv_dtype in (None, *(("fp8",) if card.capability >= 89 else ())):
+        name = f"graphs kv {kv_dtype or compute_of(card)}"
+        yield attempted(name, partial(_captured, name, card, config, kv_dtype))
+
+
+def _captured(name: str, card: Card, config: DecoderConfig, kv_dtype: str | None) -> Record:
     lengths = {"max_num_seqs": 8, "max_num_tokens": 128, "max_model_len": 96}
+    requests = GRAPH_REQUESTS if card.is_gpu else GRAPH_REQUESTS[:2]
     answers = []
     for uses_graphs in (False, True):
-        runner = make_runner(card, config, "bf16", uses_graphs=uses_graphs, **lengths)
+        runner = make_runner(card, config, "bf16", uses_graphs=uses_graphs, kv_dtype=kv_dtype, **lengths)
         scheduler = make_scheduler(runner, max_num_tokens=64)
-        for handle in range(6 if card.is_gpu else 3):
+        for handle, wishes in enumerate(requests):
             growth = 4 if card.is_gpu else 1
-            sampling = SamplingParams(
-                max_tokens=3 + growth * handle,
-                temperature=float(handle % 2),
-                top_p=0.9 if handle % 3 else 1.0,
-                seed=handle,
-            )
-            prompt = tuple(range(2 + handle, 20 + 3 * handle))
+            sampling = SamplingParams(max_tokens=2 + growth * handle, seed=handle, **wishes)
+            prompt = tuple(range(2 + handle, 4 + 4 * growth + 3 * handle))
             scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
         answers.append(drive(scheduler, runner).ids)
         runner.close()
-    yield {
-        "name": "graphs",
+    return {
+        "name": name,
         "sequences": len(answers[0]),
         "tokens": sum(map(len, answers[0].values())),
         **failure("captured steps give other ids than eager ones", unless=answers[0] == answers[1]),

@@ -7,13 +7,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from perf.gpu_check import __main__ as gpu_check
-from perf.gpu_check import engine_checks, kernel_checks, tensorrt_checks, tensorrt_segments, tuning_checks
-from perf.gpu_check.card import Card, Record
+from perf.gpu_check import (
+    attention_checks,
+    engine_checks,
+    kernel_checks,
+    sampling_checks,
+    state_checks,
+    tensorrt_checks,
+    tensorrt_segments,
+    tuning_checks,
+)
+from perf.gpu_check.card import Card, Record, attempted
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
@@ -31,7 +41,12 @@ def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch)
     """A check that compares a result with itself passes on every card."""
     records = list(Checks(CARD, is_tiny=True).run())
     assert not [record for record in records if "failed" in record]
-    assert len(records) >= 16 and all("error" in record for record in records[2:])
+    names = {str(record["name"]) for record in records[2:]}
+    assert all("error" in record for record in records[2:])
+    for kind in ("norm", "silu", "quantise", "decode", "mixed", "rope", "copies", "rows", "inputs", "ids", "sample"):
+        assert any(kind in name for name in names), f"no kernel of {kind} was checked"
+    splits = [record["splits"] for record in records if "splits" in str(record["name"])]
+    assert len(splits) == 4 and all(int(str(count)) > 1 for count in splits), "nothing was joined"
     right = kernel_checks.silu_mul
 
     def refused(*arguments: Any, **options: Any) -> None:
@@ -39,9 +54,46 @@ def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(kernel_checks, "silu_mul", lambda x: 1.01 * right(x))
     monkeypatch.setattr(kernel_checks, "gemm_int8", refused)
-    wrong = {record["name"]: str(record["failed"]) for record in Checks(CARD, is_tiny=True).run() if "failed" in record}
+    few = [each for each in Checks(CARD, is_tiny=True).checks() if each[0].startswith(("silu", "gemm_int", "rms"))]
+    monkeypatch.setattr(Checks, "checks", lambda self: few)
+    found = list(Checks(CARD, is_tiny=True).run())
+    wrong = {record["name"]: str(record["failed"]) for record in found if "failed" in record}
+    assert len(found) > len(wrong), "what follows a failure is not checked"
     assert set(wrong) == {"silu_mul", "gemm_int8 T=1", "gemm_int8 T=8", "gemm_int8 T=32"}
-    assert wrong["silu_mul"].startswith("relative error 1") and "no such kernel" in wrong["gemm_int8 T=8"]
+    assert wrong["silu_mul"].startswith("relative error out 1") and "no such kernel" in wrong["gemm_int8 T=8"]
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "name"),
+    [
+        (attention_checks, "decode_attention", "decode_attention float32"),
+        (attention_checks, "mixed_attention", "mixed_attention float32 chunks"),
+        (attention_checks, "rope_and_write", "rope_and_write float32"),
+        (state_checks, "copy_blocks", "copies of blocks float8_e4m3fn"),
+        (state_checks, "fill", "changes of rows"),
+        (state_checks, "prepare", "inputs of a decode step"),
+        (state_checks, "append", "ids put back"),
+    ],
+)
+def test_a_kernel_that_writes_nothing_is_wrong(
+    module: ModuleType, kernel: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs are not made from what they are compared with."""
+    monkeypatch.setattr(module, kernel, lambda *arguments, **options: None)
+    record = attempted(name, dict(Checks(CARD, is_tiny=True).checks())[name])
+    assert str(record["failed"]).startswith("relative error")
+
+
+def test_other_ids_than_the_host_s_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows must agree, whatever exponentials do."""
+    right = sampling_checks.sample
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **options, adjusts=False)
+
+    monkeypatch.setattr(sampling_checks, "sample", sample)
+    record = sampling_checks.sampled(Checks(CARD, is_tiny=True).bench)
+    assert int(str(record["differing"])) > 1 and "greedy" in str(record["failed"])
 
 
 def test_a_wrong_result_is_kept_with_all_others(
@@ -176,13 +228,11 @@ def test_measured_choices_are_written_where_kernels_look_them_up(
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "perf.gpu_check", "graphs"]
+    """And parts run where their kernels can be interpreted."""
     if not torch.cuda.is_available():
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert refused.returncode != 0 and "no GPU here" in refused.stderr
-    found = subprocess.run(
-        [*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        with pytest.raises(SystemExit, match="no GPU here"):
+            gpu_check.main(["graphs"])
+    command = [sys.executable, "-m", "perf.gpu_check", "graphs", "--device", "cpu", "--out", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    (path,) = tmp_path.glob("gpu_graphs_*.json")
-    assert json.loads(path.read_text())["records"][0]["name"] == "graphs"
+    assert [record["name"] for record in written(tmp_path)] == ["graphs kv torch.float32", "graphs kv fp8"]
