@@ -202,7 +202,8 @@ def _offline(
         max_model_len=load.num_prompt + load.num_output + 1,
     )
     chance = np.random.default_rng(5)
-    if card.is_gpu:  # what is compiled or captured later would be measured
+    if card.is_gpu:  # what is captured or compiled later would be measured
+        runner.capture_all()
         drive(_requested(runner, load, chance, max_num_tokens, count=WARM_REQUESTS, num_output=WARM_TOKENS), runner)
     count = load.num_requests
     run = drive(_requested(runner, load, chance, max_num_tokens, count=count, num_output=load.num_output), runner)
