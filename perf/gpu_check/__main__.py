@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if path is not None:  # after each: a part that runs out of time keeps what it has
             _write(path, {**facts, "seconds": round(time.perf_counter() - begin_s, 1), "records": records})
     if all("skipped" in record for record in records):
-        print(f"{options.part}: nothing was checked", file=sys.stderr)
+        print(f"{options.part}: nothing was checked", flush=True)
     if failed := [str(record.get("name")) for record in records if "failed" in record]:
         sys.exit(f"{options.part}: {len(failed)} of {len(records)} failed: {', '.join(failed)}")
 

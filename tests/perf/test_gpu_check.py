@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from perf.gpu_check import __main__ as gpu_check
+from perf.gpu_check import __main__ as gpu_check_main
 from perf.gpu_check import (
     attention_checks,
     engine_checks,
@@ -108,9 +108,9 @@ def test_a_wrong_result_is_kept_with_all_others(
         yield {"name": "second"}
         raise RuntimeError("the card is gone")
 
-    monkeypatch.setattr(gpu_check.Parts, "kernels", part)
+    monkeypatch.setattr(gpu_check_main.Parts, "kernels", part)
     with pytest.raises(SystemExit, match=r"2 of 3 failed: first, kernels"):
-        gpu_check.main(["kernels", "--device", "cpu", "--out", str(tmp_path)])
+        gpu_check_main.main(["kernels", "--device", "cpu", "--out", str(tmp_path)])
     assert found == [1], "the file is written while the part runs"
     assert written(tmp_path)[1:] == [
         {"name": "second"},
@@ -124,9 +124,9 @@ def test_what_could_not_be_checked_is_not_taken_for_right(
 ) -> None:
     """Where no package took the card, a part ended in silence as one does whose results are all right."""
     for records in ([], [{"name": "tensorrt", "skipped": "no flavor takes the card"}]):
-        monkeypatch.setattr(gpu_check.Parts, "tensorrt", lambda self, records=records: records)
-        gpu_check.main(["tensorrt", "--device", "cpu"])
-        assert "tensorrt: nothing was checked" in capsys.readouterr().err
+        monkeypatch.setattr(gpu_check_main.Parts, "tensorrt", lambda self, records=records: records)
+        gpu_check_main.main(["tensorrt", "--device", "cpu"])
+        assert "tensorrt: nothing was checked" in capsys.readouterr().out
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
     """And parts run where their kernels can be interpreted."""
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no GPU here"):
-            gpu_check.main(["graphs"])
+            gpu_check_main.main(["graphs"])
     command = [sys.executable, "-m", "perf.gpu_check", "graphs", "--device", "cpu", "--out", str(tmp_path)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
