@@ -118,10 +118,8 @@ class AttentionChecks:
         for part in split[:2]:
             first, second = part.chunk(2, -1)
             turned.append(torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1))
-        expected_queries = turned[0] * is_real[:, None, None]
-        parts = {"queries": (queries, expected_queries)}
-        if is_fp8:
-            parts = {}  # as near as `compute` lets them be: judged with the other cache
+        # Beside a cache in FP8 queries are as near as `compute` lets them be: they are judged with the other cache.
+        parts = {} if is_fp8 else {"queries": (queries, turned[0] * is_real[:, None, None])}
         for kind, found, given, scale in (
             ("keys", keys, turned[1], scales[0]),
             ("values", values, split[2], scales[1]),

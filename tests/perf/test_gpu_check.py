@@ -227,6 +227,25 @@ def test_measured_choices_are_written_where_kernels_look_them_up(
     assert not (tuning.FOLDER / "interpreted.json").exists(), "times of an interpreter are not for kernels"
 
 
+def test_a_problem_that_no_candidate_solves_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stopped there stopped there at every later run, and what comes after it was never measured."""
+
+    def refused(tiles: Any) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    keys = ("one", "other", "third")
+    made = (
+        tuning.Problem(key="one", candidates=(None,), launch=refused),
+        tuning.Problem(key="misnamed", candidates=(None,), launch=lambda tiles: None),
+        tuning.Problem(key="third", candidates=(None,), launch=lambda tiles: None),
+    )
+    makers = [(key, lambda problem=problem: problem) for key, problem in zip(keys, made, strict=True)]
+    monkeypatch.setattr(tuning_checks, "problems", lambda card, config: makers)
+    first, second, third, last = tuning_checks.tune(CARD, SHAPES["tiny"], None)
+    assert "none of 1 candidates" in str(first["failed"]) and "misnamed" in str(second["failed"])
+    assert "failed" not in third and (last["measured"], last["left"]) == (1, 2)
+
+
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
     """And parts run where their kernels can be interpreted."""
     if not torch.cuda.is_available():
