@@ -2,8 +2,9 @@
 
     python -m perf.gpu_check kernels [--out FOLDER]
 
-A part that finds a wrong result fails. `--device cpu` runs the same code in Triton's interpreter on a tiny model: that
-shows that the checks work, and its times mean nothing. Writes gpu_PART_DATE.json and prints a table.
+A part that finds a wrong result records it, goes on, and fails at its end. `--device cpu` runs the same code in
+Triton's interpreter on a tiny model: that shows that the checks work, and its times mean nothing. Writes
+gpu_PART_DATE.json and prints a table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -97,12 +99,12 @@ class Parts:
 NAMES = tuple(name for name in vars(Parts) if not name.startswith("_"))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=NAMES)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="folder for the JSON file; on a GPU perf/results, else none")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here (torch.cuda.is_available() is False); --device cpu tries the checks themselves")
     card = Card(torch.device(options.device))
@@ -112,17 +114,34 @@ def main() -> None:
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     facts: Record = {"part": options.part, "date": date, **card.facts()}
     print(json.dumps(facts, default=str))
+    path = None if folder is None else folder / f"gpu_{options.part}_{date}.json"
     records, begin_s = [], time.perf_counter()
-    for record in part():
+    for record in recorded(options.part, part):
         print("  " + "  ".join(f"{name}={value}" for name, value in record.items()), flush=True)
         records.append(record)
-        if folder is not None:  # after each: a part that runs out of time keeps what it has
-            folder.mkdir(parents=True, exist_ok=True)
-            seconds = round(time.perf_counter() - begin_s, 1)
-            text = json.dumps({**facts, "seconds": seconds, "records": records}, indent=1, default=str)
-            (folder / f"gpu_{options.part}_{date}.json").write_text(text + "\n", encoding="utf-8")
+        if path is not None:  # after each: a part that runs out of time keeps what it has
+            _write(path, {**facts, "seconds": round(time.perf_counter() - begin_s, 1), "records": records})
     if all("skipped" in record for record in records):
-        print("nothing was checked", flush=True)
+        print(f"{options.part}: nothing was checked", flush=True)
+    if failed := [str(record.get("name")) for record in records if "failed" in record]:
+        sys.exit(f"{options.part}: {len(failed)} of {len(records)} failed: {', '.join(failed)}")
+
+
+def recorded(name: str, part: Callable[[], Iterable[Record]]) -> Iterator[Record]:
+    """The part's records as they come; where it raises, a last one that says what."""
+    try:
+        yield from part()
+    except Exception as error:
+        traceback.print_exc()
+        yield {"name": name, "failed": f"{type(error).__name__}: {error}"}
+
+
+def _write(path: Path, content: Record) -> None:
+    """All of it or nothing: whoever reads it meanwhile finds what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

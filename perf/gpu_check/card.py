@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,23 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from pageflight.kernels.timing import cold_seconds
+
 Record = dict[str, object]
-CALLS = 10  # in a graph
+"""What a check found; `failed` in it says what is wrong, `skipped` why nothing was checked."""
+
+
+def failure(complaint: str, *, unless: bool) -> Record:
+    """What a record is extended by: nothing where all is right."""
+    return {} if unless else {"failed": complaint}
+
+
+def attempted(name: str, check: Callable[[], Record]) -> Record:
+    """The record of a check. One that raises has failed: the next may still say something."""
+    try:
+        return check()
+    except Exception as error:
+        return {"name": name, "failed": f"{type(error).__name__}: {error}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +60,14 @@ class Card:
             **versions,
         }
 
-    def seconds(self, call: Callable[[], object], *, rounds: int = 30, warm_up: int = 5) -> float:
-        """Median time of a call on the GPU, by events, of several in one graph: the host launches none of them.
-
-        Calls that read little find it in the cache.
-        """
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Median time of a call on the GPU, launched by no host, whose arguments come from memory and from no cache."""
         if not self.is_gpu:
             begin_s = time.perf_counter()
             call()
             return time.perf_counter() - begin_s
-        for _ in range(warm_up):
-            call()
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                call()
-        times: list[float] = []
-        for _ in range(rounds):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)) / 1e3 / CALLS)
-        return statistics.median(times)
+        call()  # compiles
+        return cold_seconds(call, self.device)
 
     def bandwidth(self) -> float:
         """Bytes a second of a large copy, read and written bytes together: the ceiling for all that moves memory."""

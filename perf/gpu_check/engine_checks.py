@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +19,26 @@ from pageflight.core.request import Request, SamplingParams
 from pageflight.models.config import DecoderConfig
 from pageflight.runners.device import DeviceRunner
 from pageflight.sched.scheduler import Scheduler
-from perf.gpu_check.card import Card, Record
+from perf.gpu_check.card import Card, Record, attempted, failure
 from perf.gpu_check.models import BLOCK_SIZE, random_model, weight_bytes
 
 MEMORY_SHARE = 0.85
 CONTEXT = 256  # of the rows whose step is timed
+WARM_REQUESTS, WARM_TOKENS = 16, 4
+"""Of a run before the measured one."""
 IDLE_AFTER, IDLE_STEPS = 40, 64
 """Steps before the trace of what the card does, when prompts and answers are mixed, and in it."""
+
+
+GRAPH_REQUESTS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1},
+    {"logit_bias": ((5, 2.5), (7, -100.0)), "min_tokens": 3, "stop_token_ids": (9, 11)},
+    {"temperature": 1.0, "bad_words_ids": ((13,), (17, 19)), "frequency_penalty": 0.5},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "min_p": 0.01},
+    {},
+)
+"""What answers wish that end one after another: steps are captured with and without what such wishes take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +48,9 @@ class Load:
     num_prompt: int
     num_output: int
     num_requests: int
+
+    def facts(self) -> Record:
+        return {"input": self.num_prompt, "output": self.num_output, "requests": self.num_requests}
 
 
 def compute_of(card: Card) -> torch.dtype:
@@ -47,11 +65,13 @@ def make_runner(
     max_num_seqs: int,
     max_num_tokens: int,
     max_model_len: int,
+    kv_dtype: str | None = None,
     uses_graphs: bool = True,
 ) -> DeviceRunner:
     """A runner with blocks for all its rows, as far as the card's memory goes."""
     gc.collect()  # a runner before this one refers to itself
-    model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute_of(card))
+    compute = compute_of(card)
+    model = random_model(config, dtype, card.device, max_model_len=max_model_len, compute=compute, kv_dtype=kv_dtype)
     num_blocks = max_num_seqs * -(-max_model_len // BLOCK_SIZE)
     if card.is_gpu:
         torch.cuda.empty_cache()
@@ -72,26 +92,32 @@ def make_runner(
 
 
 def graphs(card: Card, config: DecoderConfig) -> Iterator[Record]:
-    """Captured steps give the ids of eager ones, greedy and sampled, with a new number of rows in every turn."""
+    """Captured steps give the ids of eager ones, with ever fewer rows: K/V as activations, and FP8."""
+    for kv_dtype in (None, *(("fp8",) if card.capability >= 89 else ())):
+        name = f"graphs kv {kv_dtype or compute_of(card)}"
+        yield attempted(name, partial(_captured, name, card, config, kv_dtype))
+
+
+def _captured(name: str, card: Card, config: DecoderConfig, kv_dtype: str | None) -> Record:
     lengths = {"max_num_seqs": 8, "max_num_tokens": 128, "max_model_len": 96}
+    requests = GRAPH_REQUESTS if card.is_gpu else GRAPH_REQUESTS[:2]
     answers = []
     for uses_graphs in (False, True):
-        runner = make_runner(card, config, "bf16", uses_graphs=uses_graphs, **lengths)
+        runner = make_runner(card, config, "bf16", uses_graphs=uses_graphs, kv_dtype=kv_dtype, **lengths)
         scheduler = make_scheduler(runner, max_num_tokens=64)
-        for handle in range(6 if card.is_gpu else 3):
+        for handle, wishes in enumerate(requests):
             growth = 4 if card.is_gpu else 1
-            sampling = SamplingParams(
-                max_tokens=3 + growth * handle,
-                temperature=float(handle % 2),
-                top_p=0.9 if handle % 3 else 1.0,
-                seed=handle,
-            )
-            prompt = tuple(range(2 + handle, 20 + 3 * handle))
+            sampling = SamplingParams(max_tokens=2 + growth * handle, seed=handle, **wishes)
+            prompt = tuple(range(2 + handle, 4 + 4 * growth + 3 * handle))
             scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
         answers.append(drive(scheduler, runner).ids)
         runner.close()
-    assert answers[0] == answers[1], "captured steps give other ids than eager ones"
-    yield {"name": "graphs", "sequences": len(answers[0]), "tokens": sum(map(len, answers[0].values()))}
+    return {
+        "name": name,
+        "sequences": len(answers[0]),
+        "tokens": sum(map(len, answers[0].values())),
+        **failure("captured steps give other ids than eager ones", unless=answers[0] == answers[1]),
+    }
 
 
 def steps(card: Card, config: DecoderConfig, dtype: str, batches: tuple[int, ...]) -> Iterator[Record]:
@@ -157,46 +183,57 @@ def throughput(
 ) -> Iterator[Record]:
     """Offline: all requests at once, every answer as long as asked for, which is checked."""
     for load in loads:
-        runner = make_runner(
-            card,
-            config,
-            dtype,
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=max_num_tokens + max_num_seqs,
-            max_model_len=load.num_prompt + load.num_output + 1,
-        )
-        chance = np.random.default_rng(5)
-        # The first run compiles kernels and captures graphs of all sizes: answers of many lengths end one by one.
-        for is_warm in (False, True):
-            scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
-            count = load.num_requests if is_warm else min(load.num_requests, max_num_seqs)
-            for handle in range(count):
-                prompt = _prompt(chance, load, config.vocab_size)
-                sampling = SamplingParams(max_tokens=load.num_output if is_warm else 2 + handle % 96)
-                scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
-            run = drive(scheduler, runner)
-        idle = _idle_share(card, runner, load, chance, max_num_tokens)
-        lengths = {len(ids) for ids in run.ids.values()}
-        assert lengths == {load.num_output} and len(run.ids) == count, f"answers of {lengths} tokens"
-        yield {
-            "name": f"throughput {dtype}",
-            "input": load.num_prompt,
-            "output": load.num_output,
-            "requests": count,
-            "out_tok_s": round(count * load.num_output / run.seconds, 1),
-            "seconds": round(run.seconds, 2),
-            "steps": run.num_steps,
-            "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
-            "waited_share": round(run.waited_s / run.seconds, 3),
-            "gpu_idle_share": idle,
-            "kv_blocks": runner.limits.num_blocks,
-        }
-        runner.close()
-        del runner
+
+        def check(load: Load = load) -> Record:
+            return _offline(card, config, dtype, load, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens)
+
+        yield {"name": f"throughput {dtype}", **load.facts(), **attempted(f"throughput {dtype}", check)}
 
 
-def _prompt(chance: np.random.Generator, load: Load, vocab_size: int) -> tuple[int, ...]:
-    return tuple(chance.integers(2, vocab_size, load.num_prompt).tolist())
+def _offline(
+    card: Card, config: DecoderConfig, dtype: str, load: Load, *, max_num_seqs: int, max_num_tokens: int
+) -> Record:
+    runner = make_runner(
+        card,
+        config,
+        dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=max_num_tokens + max_num_seqs,
+        max_model_len=load.num_prompt + load.num_output + 1,
+    )
+    chance = np.random.default_rng(5)
+    if card.is_gpu:  # what is captured or compiled later would be measured
+        runner.capture_all()
+        drive(_requested(runner, load, chance, max_num_tokens, count=WARM_REQUESTS, num_output=WARM_TOKENS), runner)
+    count = load.num_requests
+    run = drive(_requested(runner, load, chance, max_num_tokens, count=count, num_output=load.num_output), runner)
+    idle = _idle_share(card, runner, load, chance, max_num_tokens)
+    runner.close()
+    lengths = sorted({len(ids) for ids in run.ids.values()})
+    complaint = f"{len(run.ids)} of {count} answers, of {lengths} tokens"
+    return {
+        "name": f"throughput {dtype}",
+        "out_tok_s": round(count * load.num_output / run.seconds, 1),
+        "seconds": round(run.seconds, 2),
+        "steps": run.num_steps,
+        "host_us_per_step": round(run.host_s / run.num_steps * 1e6, 1),
+        "waited_share": round(run.waited_s / run.seconds, 3),
+        "gpu_idle_share": idle,
+        "kv_blocks": runner.limits.num_blocks,
+        **failure(complaint, unless=lengths == [load.num_output] and len(run.ids) == count),
+    }
+
+
+def _requested(
+    runner: DeviceRunner, load: Load, chance: np.random.Generator, max_num_tokens: int, *, count: int, num_output: int
+) -> Scheduler:
+    """So many of the load's requests, with prompts at random."""
+    scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
+    for handle in range(count):
+        prompt = tuple(chance.integers(2, runner.limits.vocab_size, load.num_prompt).tolist())
+        sampling = SamplingParams(max_tokens=num_output)
+        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+    return scheduler
 
 
 def _idle_share(
@@ -208,11 +245,8 @@ def _idle_share(
     """
     if not card.is_gpu:
         return None
-    scheduler = make_scheduler(runner, max_num_tokens=max_num_tokens)
-    for handle in range(runner.limits.max_num_seqs):
-        prompt = _prompt(chance, load, runner.limits.vocab_size)
-        sampling = SamplingParams(max_tokens=load.num_output)
-        scheduler.submit(Request(handle=handle, prompt_ids=prompt, sampling=sampling), 0.0)
+    count = runner.limits.max_num_seqs
+    scheduler = _requested(runner, load, chance, max_num_tokens, count=count, num_output=load.num_output)
     drive(scheduler, runner, num_steps=IDLE_AFTER)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         drive(scheduler, runner, num_steps=IDLE_STEPS)

@@ -41,9 +41,16 @@ BLOCK_SIZE = 32
 
 
 def random_model(
-    config: DecoderConfig, dtype: str, device: torch.device, *, max_model_len: int, compute: torch.dtype
+    config: DecoderConfig,
+    dtype: str,
+    device: torch.device,
+    *,
+    max_model_len: int,
+    compute: torch.dtype,
+    kv_dtype: str | None = None,
 ) -> KernelModel:
-    """`dtype` bf16, fp16 or fp32 weights, or fp8 with a scale per output; activations and K/V in `compute`."""
+    """`dtype` bf16, fp16 or fp32 weights, or fp8 with a scale per output; activations and K/V in `compute`, or K/V in
+    `kv_dtype`."""
     weights = {}
     generator = torch.Generator(device).manual_seed(7)
     for name, shape in expected_shapes(config).items():
@@ -57,7 +64,7 @@ def random_model(
             weights[name] = DeviceWeight("F8_E4M3", (values / scales[:, None]).to(torch.float8_e4m3fn), scales)
         else:
             weights[name] = DeviceWeight("wide", values.to(compute))
-    kv_dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute]
+    kv_dtype = kv_dtype or {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute]
     blocks = DeviceBlocks(config, kv_dtype, BLOCK_SIZE, device)
     return KernelModel(config, weights, blocks, max_model_len=max_model_len)
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from pageflight.kernels import attention_decode, attention_mixed, attention_tuning, gemm_fp8, gemm_int, moe, tuning
 from pageflight.kernels.tuning import Problem
 from pageflight.models.config import DecoderConfig
-from perf.gpu_check.card import Card, Record
+from perf.gpu_check.card import Card, Record, attempted
 
 LIMIT_S = 360.0
 """No problem is begun later: its candidates may take a minute to compile."""
@@ -44,16 +45,28 @@ def tune(card: Card, config: DecoderConfig, out: Path | None, limit_s: float = L
         for key, make in made:
             if time.perf_counter() - begin_s > limit_s:
                 break
-            problem = make()
-            assert problem.key == key, f"{problem.key} is looked up as {key}"
-            timer = None if card.is_gpu else _no_timer()
-            for _, choice in tuning.tune([problem], gpu_name=name, folder=folder, timer=timer):
-                yield {"name": key, "us": round(choice.microseconds, 2), "tiles": choice.tiles}
-            num_measured += 1
-            if out is not None:
+            record = attempted(key, partial(_measured, key, make, name, folder, None if card.is_gpu else _no_timer()))
+            yield record
+            num_measured += "failed" not in record
+            if out is not None and path.exists():
                 out.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / path.name)
         yield {"name": "all", "measured": num_measured, "left": len(made) - num_measured, "file": path.name}
+
+
+def _measured(
+    key: str,
+    make: Callable[[], Problem],
+    name: str,
+    folder: Path,
+    timer: Callable[[Callable[[], object]], float] | None,
+) -> Record:
+    """The fastest of one problem's candidates, written to the file."""
+    problem = make()
+    if problem.key != key:
+        return {"name": key, "failed": f"what is looked up under this key is measured as {problem.key}"}
+    (choice,) = (found for _, found in tuning.tune([problem], gpu_name=name, folder=folder, timer=timer))
+    return {"name": key, "us": round(choice.microseconds, 2), "tiles": choice.tiles}
 
 
 def problems(card: Card, config: DecoderConfig) -> Iterator[tuple[str, Callable[[], Problem]]]:

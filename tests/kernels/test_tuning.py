@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from pageflight.kernels import attention_mixed, attention_tuning, gemm_fp8, gemm_int, tuning
+from pageflight.kernels import attention_mixed, attention_tuning, gemm_fp8, gemm_int, timing, tuning
+from pageflight.kernels.attention_decode import SplitWorkspace
 from pageflight.kernels.tuning import AnyTiles, AttentionTiles, Choice, Problem, Tiles
 from pageflight.lowering.device_weight import DeviceWeight
 
@@ -56,11 +57,58 @@ def test_what_does_not_fit_the_card_is_passed_over() -> None:
         tuning.fastest(FakeCard({LARGE: too_large}).problem(), card.timer)
 
 
-def test_an_error_of_the_device_is_none_of_a_candidate() -> None:
+@pytest.mark.parametrize("message", ["PassManager::run failed", "CUDA out of memory", "scaled_mm: shape not supported"])
+def test_what_no_compiler_or_library_takes_is_passed_over(message: str) -> None:
+    """One candidate on which the compiler failed ended the measurement, at every later run again."""
+    card = FakeCard({None: RuntimeError(message), SMALL: 5.0})
+    assert tuning.fastest(card.problem(), card.timer).tiles == SMALL
+
+
+def test_an_error_of_the_device_is_none_of_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an illegal address everything fails: what was measured then would be written down as true."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken_card)
     card = FakeCard({SMALL: RuntimeError("illegal memory access"), LARGE: 1.0})
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(RuntimeError, match="nothing runs any more"):
         tuning.fastest(card.problem(), card.timer)
+
+
+def broken_card() -> None:
+    raise RuntimeError("nothing runs any more")
+
+
+def test_a_kernel_is_timed_without_what_empties_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without the host: a call that launches two kernels was slower than one that takes longer."""
+    launched: list[float] = []
+    costs = {"flush": 40e-6, "call": 5e-6}
+
+    def graph_seconds(call: Callable[[], object], device: torch.device) -> float:
+        launched.clear()
+        call()
+        return sum(launched)
+
+    monkeypatch.setattr(timing, "graph_seconds", graph_seconds)
+    monkeypatch.setattr(timing, "flusher", lambda device: lambda: launched.append(costs["flush"]))
+    device = torch.device("cuda", 77)  # what was measured of a card is kept
+    assert timing.cold_seconds(lambda: launched.append(costs["call"]), device) == pytest.approx(5e-6)
+    assert timing.cold_seconds(lambda: None, device) > 0, "noise makes a time of nothing, or less"
+
+
+def test_a_timed_call_allocates_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates with splits were charged for an allocation that no served step makes."""
+    made: list[int] = []
+    right = SplitWorkspace.empty
+
+    def empty(*arguments: Any) -> SplitWorkspace:
+        made.append(arguments[2])
+        return right(*arguments)
+
+    monkeypatch.setattr(attention_tuning.SplitWorkspace, "empty", empty)
+    kinds, sizes = (torch.float32, torch.float32), (2, 1, 16)
+    problem = attention_tuning.decode_problem(*kinds, 1, *sizes, 32, num_sms=4, device=torch.device("cpu"))
+    for splits in (2, 3, 2, 3):
+        problem.launch(AttentionTiles(keys=16, num_splits=splits))
+    assert made == [2, 3]
 
 
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
@@ -79,8 +127,8 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_measurement_keeps_what_it_has(tmp_path: Path) -> None:
-    card, broken = FakeCard({SMALL: 1.0}), FakeCard({SMALL: RuntimeError("unplugged")})
-    with pytest.raises(RuntimeError):
+    card, broken = FakeCard({SMALL: 1.0}), FakeCard({SMALL: triton.OutOfResources(2, 1, "shared memory")})
+    with pytest.raises(ValueError, match="none of 1"):
         list(tuning.tune([card.problem("a"), broken.problem("b")], gpu_name="X", folder=tmp_path, timer=card.timer))
     assert set(tuning.read(tmp_path / "x.json")) == {"a"}
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from perf.gpu_check import __main__ as gpu_check_main
 from perf.gpu_check import (
+    attention_checks,
     engine_checks,
     kernel_checks,
+    sampling_checks,
+    state_checks,
     tensorrt_checks,
     tensorrt_flavors,
     tensorrt_segments,
     tuning_checks,
 )
-from perf.gpu_check.card import Card
+from perf.gpu_check.card import Card, Record, attempted
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
 from perf.gpu_check.models import SHAPES
@@ -36,21 +40,122 @@ CARD = Card(torch.device("cpu"))
 
 def test_right_kernels_pass_and_wrong_ones_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that compares a result with itself passes on every card."""
-    records = Checks(CARD, is_tiny=True).run()
-    assert len(records) >= 16 and all("error" in record for record in records[2:])
+    records = list(Checks(CARD, is_tiny=True).run())
+    assert not [record for record in records if "failed" in record]
+    names = {str(record["name"]) for record in records[2:]}
+    assert all("error" in record for record in records[2:])
+    for kind in ("norm", "silu", "quantise", "decode", "mixed", "rope", "copies", "rows", "inputs", "ids", "sample"):
+        assert any(kind in name for name in names), f"no kernel of {kind} was checked"
+    splits = [record["splits"] for record in records if "splits" in str(record["name"])]
+    assert len(splits) == 4 and all(int(str(count)) > 1 for count in splits), "nothing was joined"
     right = kernel_checks.silu_mul
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such kernel")
+
     monkeypatch.setattr(kernel_checks, "silu_mul", lambda x: 1.01 * right(x))
-    with pytest.raises(AssertionError, match="silu_mul: relative error"):
-        Checks(CARD, is_tiny=True).run()
+    monkeypatch.setattr(kernel_checks, "gemm_int8", refused)
+    few = [each for each in Checks(CARD, is_tiny=True).checks() if each[0].startswith(("silu", "gemm_int", "rms"))]
+    monkeypatch.setattr(Checks, "checks", lambda self: few)
+    found = list(Checks(CARD, is_tiny=True).run())
+    wrong = {record["name"]: str(record["failed"]) for record in found if "failed" in record}
+    assert len(found) > len(wrong), "what follows a failure is not checked"
+    assert set(wrong) == {"silu_mul", "gemm_int8 T=1", "gemm_int8 T=8", "gemm_int8 T=32"}
+    assert wrong["silu_mul"].startswith("relative error out 1") and "no such kernel" in wrong["gemm_int8 T=8"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_steps_and_throughput_are_measured(dtype: str) -> None:
-    steps = list(engine_checks.steps(CARD, SHAPES["tiny"], dtype, (1, 2)))
+@pytest.mark.parametrize(
+    ("module", "kernel", "name"),
+    [
+        (attention_checks, "decode_attention", "decode_attention float32"),
+        (attention_checks, "mixed_attention", "mixed_attention float32 chunks"),
+        (attention_checks, "rope_and_write", "rope_and_write float32"),
+        (state_checks, "copy_blocks", "copies of blocks float8_e4m3fn"),
+        (state_checks, "fill", "changes of rows"),
+        (state_checks, "prepare", "inputs of a decode step"),
+        (state_checks, "append", "ids put back"),
+    ],
+)
+def test_a_kernel_that_writes_nothing_is_wrong(
+    module: ModuleType, kernel: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs are not made from what they are compared with."""
+    monkeypatch.setattr(module, kernel, lambda *arguments, **options: None)
+    record = attempted(name, dict(Checks(CARD, is_tiny=True).checks())[name])
+    assert str(record["failed"]).startswith("relative error")
+
+
+def test_other_ids_than_the_host_s_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows must agree, whatever exponentials do."""
+    right = sampling_checks.sample
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **options, adjusts=False)
+
+    monkeypatch.setattr(sampling_checks, "sample", sample)
+    record = sampling_checks.sampled(Checks(CARD, is_tiny=True).bench)
+    assert int(str(record["differing"])) > 1 and "greedy" in str(record["failed"])
+
+
+def test_a_wrong_result_is_kept_with_all_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first wrong result, or the end of the time, took with it all that had been found before."""
+    found: list[int] = []
+
+    def part(self: Any) -> Iterator[Record]:
+        yield {"name": "first", "failed": "too large"}
+        found.append(len(written(tmp_path)))
+        yield {"name": "second"}
+        raise RuntimeError("the card is gone")
+
+    monkeypatch.setattr(gpu_check_main.Parts, "kernels", part)
+    with pytest.raises(SystemExit, match=r"2 of 3 failed: first, kernels"):
+        gpu_check_main.main(["kernels", "--device", "cpu", "--out", str(tmp_path)])
+    assert found == [1], "the file is written while the part runs"
+    assert written(tmp_path)[1:] == [
+        {"name": "second"},
+        {"name": "kernels", "failed": "RuntimeError: the card is gone"},
+    ]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_what_could_not_be_checked_is_not_taken_for_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no package took the card, a part ended in silence as one does whose results are all right."""
+    for records in ([], [{"name": "tensorrt", "skipped": "no flavor takes the card"}]):
+        monkeypatch.setattr(gpu_check_main.Parts, "tensorrt", lambda self, records=records: records)
+        gpu_check_main.main(["tensorrt", "--device", "cpu"])
+        assert "tensorrt: nothing was checked" in capsys.readouterr().out
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.glob("gpu_*.json")
+    records: list[dict[str, Any]] = json.loads(path.read_text())["records"]
+    return records
+
+
+def test_steps_are_measured() -> None:
+    steps = list(engine_checks.steps(CARD, SHAPES["tiny"], "fp8", (1, 2)))
     assert [record["batch"] for record in steps] == [1, 2] and all(record["ms"] > 0 for record in steps)
-    load = Load(num_prompt=9, num_output=3, num_requests=3)
-    (record,) = engine_checks.throughput(CARD, SHAPES["tiny"], dtype, (load,), max_num_seqs=4, max_num_tokens=16)
-    assert record["requests"] == 3 and record["out_tok_s"] > 0
+
+
+def test_throughput_is_measured_and_a_load_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that end early are a better throughput, and wrong."""
+    right, lengths = engine_checks.drive, iter((0, 1))
+
+    def drive(*arguments: Any, **options: Any) -> engine_checks.Driven:
+        if not next(lengths):
+            raise RuntimeError("out of blocks")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(engine_checks, "drive", drive)
+    load = Load(num_prompt=9, num_output=2, num_requests=2)
+    sizes = {"max_num_seqs": 2, "max_num_tokens": 16}
+    first, second = engine_checks.throughput(CARD, SHAPES["tiny"], "bf16", (load, load), **sizes)
+    assert first["failed"] == "RuntimeError: out of blocks" and first["requests"] == 2
+    assert "failed" not in second and second["requests"] == 2 and second["out_tok_s"] > 0
 
 
 def test_every_tensorrt_package_gets_an_answer_and_what_serves_instead() -> None:
@@ -156,14 +261,31 @@ def test_measured_choices_are_written_where_kernels_look_them_up(
     assert not (tuning.FOLDER / "interpreted.json").exists(), "times of an interpreter are not for kernels"
 
 
-def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "perf.gpu_check", "graphs"]
-    if not torch.cuda.is_available():
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert refused.returncode != 0 and "no GPU here" in refused.stderr
-    found = subprocess.run(
-        [*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+def test_a_problem_that_no_candidate_solves_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stopped there stopped there at every later run, and what comes after it was never measured."""
+
+    def refused(tiles: Any) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    keys = ("one", "other", "third")
+    made = (
+        tuning.Problem(key="one", candidates=(None,), launch=refused),
+        tuning.Problem(key="misnamed", candidates=(None,), launch=lambda tiles: None),
+        tuning.Problem(key="third", candidates=(None,), launch=lambda tiles: None),
     )
+    makers = [(key, lambda problem=problem: problem) for key, problem in zip(keys, made, strict=True)]
+    monkeypatch.setattr(tuning_checks, "problems", lambda card, config: makers)
+    first, second, third, last = tuning_checks.tune(CARD, SHAPES["tiny"], None)
+    assert "none of 1 candidates" in str(first["failed"]) and "misnamed" in str(second["failed"])
+    assert "failed" not in third and (last["measured"], last["left"]) == (1, 2)
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    """And parts run where their kernels can be interpreted."""
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no GPU here"):
+            gpu_check_main.main(["graphs"])
+    command = [sys.executable, "-m", "perf.gpu_check", "graphs", "--device", "cpu", "--out", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    (path,) = tmp_path.glob("gpu_graphs_*.json")
-    assert json.loads(path.read_text())["records"][0]["name"] == "graphs"
+    assert [record["name"] for record in written(tmp_path)] == ["graphs kv torch.float32", "graphs kv fp8"]

@@ -47,7 +47,9 @@ LEAVES = {
 
 
 IN_PROCESS = {
+    "attention_checks.py",
     "cache_pressure.py",
+    "card.py",
     "decode_steps.py",
     "drive.py",
     "engine_alone.py",
@@ -61,6 +63,8 @@ IN_PROCESS = {
     "network_walk.py",
     "prefix_cache.py",
     "responses.py",
+    "sampling_checks.py",
+    "state_checks.py",
     "survival.py",
     "tensorrt_builds.py",
     "tensorrt_checks.py",

@@ -7,6 +7,7 @@ shape on it, was never measured, each kernel has a default of its own. T tokens.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,10 @@ from typing import Any
 
 import torch
 import triton
+
+from pageflight.kernels.timing import microseconds
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "configs"
 _LEAST_BUCKET, _GREATEST_BUCKET = 16, 8192
@@ -158,20 +163,29 @@ def stored(device: torch.device) -> Mapping[str, Choice]:
 
 
 def fastest(problem: Problem, timer: Callable[[Callable[[], object]], float]) -> Choice:
-    """Time every candidate; one that does not fit the card (registers, shared memory) is passed over.
+    """Time every candidate; one that does not run on the card (registers, shared memory, a compiler that fails, a
+    library that refuses the shape) is passed over.
 
-    `timer` gives the microseconds of a call. Raises ValueError when no candidate fits. Of equals the first wins.
+    `timer` gives the microseconds of a call. Raises ValueError when no candidate runs, RuntimeError when the card
+    runs nothing any more. Of equals the first wins.
     """
     choices = []
     for tiles in problem.candidates:
         try:
             problem.launch(tiles)  # compiles
             choices.append(Choice(tiles=tiles, microseconds=timer(partial(problem.launch, tiles))))
-        except triton.TritonError:
-            continue
+        except (triton.TritonError, RuntimeError) as error:
+            log.info("%s: %s is passed over: %s", problem.key, tiles, str(error).partition("\n")[0])
+            _synchronise()
     if not choices:
         raise ValueError(f"{problem.key}: none of {len(problem.candidates)} candidates runs on this card")
     return min(choices, key=lambda choice: choice.microseconds)
+
+
+def _synchronise() -> None:
+    """Raises RuntimeError once the card runs nothing any more, as after an illegal address."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def tune(
@@ -187,14 +201,9 @@ def tune(
     """
     name = torch.cuda.get_device_name() if gpu_name is None else gpu_name
     for problem in problems:
-        choice = fastest(problem, median_us if timer is None else timer)
+        choice = fastest(problem, microseconds if timer is None else timer)
         write(file_of(name, folder), name, {problem.key: choice})
         yield problem.key, choice
-
-
-def median_us(call: Callable[[], object]) -> float:
-    """Microseconds on the present GPU, the cache of level 2 emptied before each of many repetitions."""
-    return 1000.0 * float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
