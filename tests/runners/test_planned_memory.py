@@ -249,7 +249,7 @@ def large_checkpoint(folder: Path) -> Path:
 
 
 def test_private_memory_of_a_process_is_what_was_planned(checkpoint: Path, tmp_path: Path) -> None:
-    """OpenVINO holds copies: float32 ones of bf16 weights make three times the file of it."""
+    """OpenVINO held float32 copies of bf16 weights beside them, three times the file: nobody had looked."""
     source = large_checkpoint(tmp_path / "checkpoint")
     for dtype in ("fp32", "int8", "bf16"):
         kv_dtype = registry.get("openvino").default_kv_dtype(dtype)

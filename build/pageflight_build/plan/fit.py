@@ -86,7 +86,6 @@ def holder_of(card: Card, demand: Demand) -> Holder:
         return Holder()
     return Holder(
         is_gpu=False,
-        keeps_float32=demand.dtype == "bf16" and card.has_bf16,
         keeps_both_forms=demand.dtype == "fp32",
     )
 

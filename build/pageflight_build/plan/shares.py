@@ -43,13 +43,12 @@ class Share:
 class Holder:
     """What of the target decides how weights lie in memory.
 
-    A GPU has everything but quantised matrices in the type of its activations. OpenVINO has what the file has, and
-    copies: `keeps_float32`, of bf16 matrices where activations are bf16; `keeps_both_forms`, of float32 ones it packs
-    the MLP's last differently for one token and for many, and keeps both (measured: docs/planning.md).
+    A GPU has everything but quantised matrices in the type of its activations. OpenVINO has what the file has;
+    `keeps_both_forms`: of float32 matrices it packs the MLP's last differently for one token and for many, and keeps
+    both (measured: docs/planning.md).
     """
 
     is_gpu: bool = True
-    keeps_float32: bool = False
     keeps_both_forms: bool = False
 
 
@@ -150,11 +149,8 @@ def _parts(config: DecoderConfig, dtype: str, group_size: int, holder: Holder, s
         if name in (EMBED, HEAD):
             scales = None if form.scales is None else (rows, form.scales[1])
             form = WeightForm(form.dtype, (rows, form.shape[1]), scales)
-        widens = holder.keeps_float32 and form.dtype == "BF16" and name != EMBED
-        again = widens or (holder.keeps_both_forms and name == LayerNames.of(0).down)
+        again = holder.keeps_both_forms and name == LayerNames.of(0).down
         sizes[name] = _held_bytes(name, form, dtype, holder) + again * 4 * prod(form.shape)
-    if holder.keeps_float32 and HEAD not in sizes and forms[EMBED].dtype == "BF16":
-        sizes[EMBED] += 4 * prod(forms[EMBED].shape)
     outside = (EMBED, FINAL_NORM, HEAD)
     layer = sum(num_bytes for name, num_bytes in sizes.items() if name not in outside)
     return layer, sizes[EMBED], sizes[FINAL_NORM], sizes.get(HEAD, 0)

@@ -72,7 +72,7 @@ class OpenVinoLowering:
         manifest = engine.manifest
         self._check_manifest(engine_dir, manifest)
         verification = Verification(engine)
-        ops = GraphOps(engine.config, engine.weights, manifest.max_model_len, widens=not self._narrow(manifest))
+        ops = GraphOps(engine.config, engine.weights, manifest.max_model_len)
         model = ops.model(decoder(ops, engine.config))
         compiled = self._core.compile_model(model, "CPU", self._settings(manifest, engine.config, num_threads))
         verification.finish()

@@ -27,12 +27,10 @@ _ELEMENT = {"F32": Type.f32, "BF16": Type.bf16, "I8": Type.i8, "I4": Type.i4}
 class GraphOps:
     """Builds the graph of a decoder. `model(logits)` closes it.
 
-    Constants share the memory of their arrays: `keep` must live as long as the compiled model. `widens`: activations
-    are float32, and bf16 weights become so inside each product.
+    Constants share the memory of their arrays: `keep` must live as long as the compiled model.
     """
 
-    def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int, *, widens: bool) -> None:
-        self._widens = widens
+    def __init__(self, config: DecoderConfig, weights: WeightStore, num_positions: int) -> None:
         self._config, self._weights, self._num_positions = config, weights, num_positions
         self.keep: list[object] = [weights]
         self._parameters: list[Parameter] = []
@@ -171,8 +169,8 @@ class GraphOps:
             return self._shared(weight.values)
         if weight.scales is None:
             wide = opset.convert(self._shared(weight.values, _ELEMENT[weight.dtype]), "f32")
-            if self._widens:  # without the mark the plugin stores the float32 values and reads twice as much per step
-                wide.get_rt_info()["decompression_0"] = ""
+            # Without the mark the plugin keeps float32 values too, and reads them where its arithmetic is float32.
+            wide.get_rt_info()["decompression_0"] = ""
             return wide
         (rows, groups), element = weight.scales.shape, _ELEMENT[weight.dtype]
         if groups == 1:
