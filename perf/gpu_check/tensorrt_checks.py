@@ -127,16 +127,8 @@ def _warnings(name: str) -> Iterator[list[str]]:
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger, whole = logging.getLogger(name), logging.root.manager.disable
-    before = logger.level, logger.disabled
-    logger.setLevel(logging.WARNING)  # whoever runs this may have asked for silence
-    logger.disabled = False
-    logging.disable(logging.NOTSET)
-    logger.addHandler(handler)
+    logging.getLogger(name).addHandler(handler)
     try:
         yield said
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.disabled = before[1]
-        logging.disable(whole)
+        logging.getLogger(name).removeHandler(handler)

@@ -59,7 +59,6 @@ def main() -> int:
     parser.add_argument("--machine", choices=sorted(MACHINES), help="this one only")
     parser.add_argument("--examples", type=int, default=100, help="examples of each seed")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # cores die all the time here
     names = [arguments.machine] if arguments.machine else list(MACHINES)
     next_seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
     until_s = time.monotonic() + 60 * arguments.minutes
@@ -86,4 +85,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # cores die all the time here; not in main(), which tests call in their process
     sys.exit(main())
