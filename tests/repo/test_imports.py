@@ -18,6 +18,7 @@ LAYERS = (
     {"core"},
     {"models", "quant", "kernels"},
     {"kv", "lowering", "sampling"},
+    {"ranks"},
     {"sched", "runners", "text", "obs"},
     {"loop"},
     {"backend"},
@@ -30,7 +31,7 @@ ONLY_IMPORTED_BY = {"kv": {"sched", "runners", "loop", "backend", "cli"}}
 
 LEAVES = {
     "openvino": {"lowering"},
-    "torch": {"lowering", "kernels", "runners", "quant"},
+    "torch": {"lowering", "kernels", "ranks", "runners", "quant"},
     "triton": {"kernels", "lowering", "runners"},
     "tensorrt": {"lowering"},
     "tensorrt_rtx": {"lowering"},

@@ -23,14 +23,14 @@ from pageflight.core.request import Request, SamplingParams
 from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.models.stages import Place
+from pageflight.ranks.messages import Computed, RankSpec, digest_of
+from pageflight.ranks.plan_frames import PlanDecoder, PlanEncoder
+from pageflight.ranks.processes import RankProcesses
 from pageflight.runners import factory
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_factory import load_on_gpu
 from pageflight.runners.parallel import ParallelRunner
-from pageflight.runners.plan_frames import PlanDecoder, PlanEncoder
-from pageflight.runners.rank_messages import Computed, RankSpec, digest_of
-from pageflight.runners.rank_processes import RankProcesses
 from pageflight.sched.scheduler import Scheduler
 
 
@@ -124,7 +124,7 @@ def test_a_rank_that_does_not_come_up_is_no_endless_wait(engine: Path, monkeypat
 FAILING = """#!{python}
 import sys
 from multiprocessing.connection import Connection
-from pageflight.runners.rank_messages import Failed, encode
+from pageflight.ranks.messages import Failed, encode
 line = Connection(int(sys.argv[3].partition("=")[2]))
 line.recv_bytes()
 line.send_bytes(encode(Failed("ConfigError", "kv_memory=1: too little here")))

@@ -11,7 +11,7 @@ import torch
 
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.models.stages import Place
-from pageflight.runners.rank_messages import digest_of
+from pageflight.ranks.messages import digest_of
 from pageflight.runners.stage_runner import StageRunner
 
 PATIENCE_S = 60.0

@@ -23,13 +23,13 @@ from pageflight.kv.capacity import Capacity
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
 from pageflight.models.stages import Place, check_engine
+from pageflight.ranks.messages import RankSpec, digest_of
+from pageflight.ranks.plan_frames import PlanEncoder
+from pageflight.ranks.process_group import GroupCommunicator, open_store, reach_store
+from pageflight.ranks.processes import GRACE_S, OnLoss, RankProcesses
 from pageflight.runners.base import BusyRunner, Runner, StagingRunner
 from pageflight.runners.host import run_on_host
 from pageflight.runners.occupancy import Occupancy
-from pageflight.runners.plan_frames import PlanEncoder
-from pageflight.runners.process_group import GroupCommunicator, open_store, reach_store
-from pageflight.runners.rank_messages import RankSpec, digest_of
-from pageflight.runners.rank_processes import GRACE_S, OnLoss, RankProcesses
 from pageflight.runners.stage_factory import run_stage
 
 log = logging.getLogger(__name__)

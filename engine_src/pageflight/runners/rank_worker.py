@@ -15,9 +15,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from pageflight.core.parent import die_with
+from pageflight.ranks.messages import Computed, Failed, Present, decode_spec, digest_of, encode
+from pageflight.ranks.plan_frames import PlanDecoder
 from pageflight.runners.base import BusyRunner, Runner
-from pageflight.runners.plan_frames import PlanDecoder
-from pageflight.runners.rank_messages import Computed, Failed, Present, decode_spec, digest_of, encode
 
 log = logging.getLogger("pageflight.rank")
 

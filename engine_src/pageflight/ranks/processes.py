@@ -13,7 +13,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
 from pageflight.core.errors import STATUS, PageflightError, RankLost
-from pageflight.runners.rank_messages import Computed, Failed, FromRank, RankSpec, decode_from_rank, encode
+from pageflight.ranks.messages import Computed, Failed, FromRank, RankSpec, decode_from_rank, encode
 
 log = logging.getLogger(__name__)
 
