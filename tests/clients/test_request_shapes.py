@@ -59,7 +59,12 @@ def test_genai_perf_triton_generate(server: Server) -> None:
 
 def test_aiperf_template_endpoint(server: Server) -> None:
     """aiperf's template endpoint posts whatever its template makes; it reads `text_output` of each event."""
-    body = {"text_input": PROMPT, "max_tokens": 6, "stream": True, "parameters": {"min_tokens": 6, "ignore_eos": True}}
+    body = {
+        "text_input": PROMPT,
+        "max_tokens": 60,
+        "stream": True,
+        "parameters": {"min_tokens": 60, "ignore_eos": True},
+    }
     response = requests.post(server.url(server.name, "generate_stream"), json=body, stream=True, timeout=30)
     events = [json.loads(line[5:]) for line in response.iter_lines() if line.startswith(b"data:")]
     assert all("text_output" in event for event in events)
