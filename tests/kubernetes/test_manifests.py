@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +147,34 @@ def test_the_set_has_the_machines_that_its_model_is_built_for() -> None:
     assert size == int(given["--nodes"]) and gpus == [8, 8]
     assert int(given["--tensor-parallel"]) * int(given["--pipeline-parallel"]) == size * gpus[0]
     assert given["--name"] in {pod.containers[0]["args"][1].rpartition("/")[2] for pod in pods_of([manifest])}
+
+
+def test_a_worker_waits_until_its_leader_has_ended() -> None:
+    """A group loses its pods all at once: ranks that ended first took the leader's last streams with them."""
+    (worker,) = (pod for pod in pods_of(read(BY_NAME["nodes"])) if pod.role == "worker")
+    command = worker.containers[0]["lifecycle"]["preStop"]["exec"]["command"]
+    asked = threading.Event()
+
+    class Leader(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            if self.path == "/v2/health/live":
+                asked.set()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Leader) as leader:
+        threading.Thread(target=leader.serve_forever).start()
+        here = [word.replace(":8000", f":{leader.server_port}") for word in command]
+        waits = subprocess.Popen(here, env={**os.environ, "LWS_LEADER_ADDRESS": "127.0.0.1"}, stderr=subprocess.DEVNULL)
+        try:
+            assert asked.wait(30) and waits.poll() is None
+        finally:
+            leader.shutdown()
+    assert waits.wait(30) == 0
 
 
 def test_streams_get_the_same_time_to_end_everywhere() -> None:
