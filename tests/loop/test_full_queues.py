@@ -131,6 +131,18 @@ def test_while_no_core_answers_every_queue_is_used() -> None:
         assert recorder.refusals == ["QueueFull"]
 
 
+def test_what_is_cancelled_on_its_way_to_another_instance_stays(small: tuple[Instance, ...]) -> None:
+    """The other front took it and sent its core nothing: it had no end."""
+    wanted = generation((4, 4))
+    with beside(small[:1]) as (router, _):
+        sequence = OpenSequence(wanted, Collector(), SharedStops.of(wanted), NumberText(), leader=9, index=0)
+        sequence.ending = "cancelled"
+        assert not router._home.adopt([sequence]) and not router.num_open
+        sequence.ending = None
+        assert router._home.adopt([sequence])
+        eventually(lambda: not router.num_open, "it has been computed")
+
+
 class SilentClient(CoreClient):
     """A line to nobody."""
 

@@ -204,7 +204,7 @@ class Front:
         with self._lock:
             if self._stopping or self._lost is not None or not self._core.answers:
                 return False
-            if any(self._core.epoch in sequence.refused_by for sequence in sequences):
+            if any(one.ending is not None or self._core.epoch in one.refused_by for one in sequences):
                 return False
             requests = list(replays([sequences]))
             try:
