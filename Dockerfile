@@ -22,9 +22,10 @@ ARG EXTRA=
 RUN if [ -n "${EXTRA}" ]; then apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=install /opt/pageflight /opt/pageflight
-RUN id -u pageflight >/dev/null 2>&1 || useradd --system --create-home --user-group pageflight \
+# A number that does not change from image to image: volumes and security policies name it.
+RUN groupadd --gid 10001 pageflight && useradd --uid 10001 --gid 10001 --create-home pageflight \
     && mkdir -p /repositories && chown pageflight:pageflight /repositories
-USER pageflight
+USER 10001:10001
 ENV PAGEFLIGHT_REPOSITORIES=/repositories \
     PATH=/opt/pageflight/.venv/bin:${PATH}
 WORKDIR /home/pageflight

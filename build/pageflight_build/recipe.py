@@ -77,7 +77,10 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
         wanted = ModelRecord(
             name=options.name,
             checkpoint=str(options.checkpoint),
-            engines=tuple(EngineRecord(folder=engine.folder, inputs=engine.inputs) for engine in engines),
+            engines=tuple(
+                EngineRecord(folder=engine.folder, inputs=engine.inputs, engine=engine.options.engine)
+                for engine in engines
+            ),
             serving=options.serving,
             default=options.default,
         )

@@ -22,10 +22,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRecord:
-    """Where an engine lies in its model's folder, and the digest of its inputs: equal ones need no new build."""
+    """Where an engine lies in its model's folder, and the digest of its inputs: equal ones need no new build. `engine`:
+    what it was lowered to; empty in records that are older than this field."""
 
     folder: str
     inputs: str
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.base import Lowering
 from pageflight_build.instances import FIRST_FOLDER, parse_instances
-from pageflight_build.placing import placements_of
+from pageflight_build.placing import placements_of, utilizations_of
 from pageflight_build.record import ModelRecord, RepositoryRecord, file_digest
 from pageflight_build.swap import link_or_copy
 from pageflight_build.triton_config import Deployment, engine_model_name, model_names, write_repository
@@ -116,7 +116,7 @@ def _generated_digests(models: Sequence[ModelRecord]) -> dict[str, str]:
 
 def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
     """How each checkpoint of a repository appears in Triton. Raises ConfigError when two models would share a name."""
-    placements = placements_of(models)
+    placements, utilizations = placements_of(models), utilizations_of(models)
     made = {
         model.name: Deployment(
             name=model.name,
@@ -138,7 +138,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             ageing_s=model.serving.ageing_s,
             tenants=model.serving.tenants,
             kv_admission=model.serving.kv_admission,
-            gpu_memory_utilization=model.serving.gpu_memory_utilization,
+            gpu_memory_utilization=utilizations[model.name],
             kv_watermark=model.serving.kv_watermark,
             target_inter_token_ms=model.serving.target_inter_token_ms,
             hang_limit_s=model.serving.hang_limit_s,

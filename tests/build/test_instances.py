@@ -16,7 +16,7 @@ from pageflight.core.manifest import EngineManifest
 from pageflight.core.placement import Placement, parse_placements, placements_text
 from pageflight_build.instances import instances_text, parse_instances
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
-from pageflight_build.placing import placements_of
+from pageflight_build.placing import placements_of, utilizations_of
 from pageflight_build.recipe import BuildResult, build
 from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.triton_config import Deployment, model_configs
@@ -136,9 +136,11 @@ def test_what_only_tensorrt_has_does_not_follow_to_another_engine() -> None:
     assert second.engine_options(base) == EngineOptions(engine="openvino", dtype="bf16")
 
 
-def model(name: str, instances: str, utilization: float = 0.9) -> ModelRecord:
-    serving = ServingOptions(instances=instances, gpu_memory_utilization=utilization)
-    engines = tuple(EngineRecord(folder="1/artifacts", inputs="") for _ in parse_instances(instances))
+def model(
+    name: str, instances: str, utilization: float = 0.9, *, engine: str = "", tensor_parallel: int = 1
+) -> ModelRecord:
+    serving = ServingOptions(instances=instances, gpu_memory_utilization=utilization, tensor_parallel=tensor_parallel)
+    engines = tuple(EngineRecord(folder="1/artifacts", inputs="", engine=engine) for _ in parse_instances(instances))
     return ModelRecord(name=name, checkpoint="", engines=engines, serving=serving, default=False)
 
 
@@ -154,6 +156,48 @@ def test_instances_that_name_a_gpu_share_its_memory() -> None:
     )
     shares = {name: [placement.gpu_memory_utilization for placement in placed] for name, placed in found.items()}
     assert shares == {"a": [0.25, None], "b": [0.3, None], "c": [0.25, None], "d": []}
+
+
+def test_models_that_find_the_same_gpu_share_its_memory() -> None:
+    """Two models built without --instances each claimed nine tenths of the only GPU: which one started was luck."""
+    torch = model("a", "1", engine="torch")
+    assert utilizations_of([torch, model("b", "1", engine="tensorrt")]) == {"a": 0.45, "b": 0.45}
+    unequal = utilizations_of([torch, model("b", "2", 0.3, engine="torch")])
+    assert unequal == {"a": 0.675, "b": 0.225}, "in the proportion that was asked for"
+    ranks = [model("a", "1", engine="torch", tensor_parallel=2), model("b", "gpu1"), model("c", "gpu2")]
+    assert utilizations_of(ranks) == {"a": 0.45, "b": 0.9, "c": 0.9}
+    placed = placements_of(ranks)
+    assert [placed[name][0].gpu_memory_utilization for name in "bc"] == [0.45, None]
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        [model("a", "2", engine="torch")],
+        [model("a", "1", 0.6, engine="torch"), model("b", "1", 0.4, engine="torch")],
+        [model("a", "1", engine="torch"), model("b", "1", engine="openvino"), model("c", "cpu:0")],
+        [model("a", "1", 0.5, engine="torch"), model("b", "gpu0 gpu_memory_utilization=0.5")],
+    ],
+)
+def test_what_fits_a_gpu_stays_as_it_was_asked_for(models: list[ModelRecord]) -> None:
+    """Whoever had given two models their parts would have found them halved."""
+    assert utilizations_of(models) == {one.name: one.serving.gpu_memory_utilization for one in models}
+
+
+def test_a_model_that_finds_a_gpu_on_which_nothing_is_left_is_refused() -> None:
+    """It would have started, or not, with what the other one happened not to use."""
+    full = model("a", "gpu0 gpu_memory_utilization=0.95")
+    with pytest.raises(ConfigError, match=r"gpu0 of a, b: gpu_memory_utilization=0\.95 of it is promised already"):
+        utilizations_of([full, model("b", "1", engine="torch")])
+
+
+def test_a_second_model_changes_what_the_first_is_told() -> None:
+    """Shares were worked out for the model that was built, and the other's file said what it had been."""
+    from pageflight_build.repository import deployments
+
+    both = deployments([model("a", "1", engine="torch"), model("b", "1", engine="torch")])
+    told = [model_configs(one)[f"{name}_engine"].parameters["gpu_memory_utilization"] for name, one in both.items()]
+    assert [parameter.string_value for parameter in told] == ["0.45", "0.45"]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_commands_in_documents_exist(path: Path) -> None:
         elif program.endswith("pageflight"):
             given, command = words[2:], commands[words[1]]
         else:
-            assert program in ("curl", "docker", "nvidia-smi", "sudo"), words
+            assert program in ("curl", "docker", "kind", "kubectl", "nvidia-smi", "sudo"), words
             continue
         if command is not None:
             known = {name for item in command.params for name in [*item.opts, *item.secondary_opts]} | {"--help"}

@@ -33,11 +33,17 @@ class Book:
         """What is open of each generation."""
         self._deadlines = Deadlines(self.groups.__contains__)
 
+    def has_room(self, count: int, limits: CoreLimits) -> bool:
+        """While no core answers, its front keeps the limit of its queue: whether so many more are within it."""
+        return self._num_queued(limits) + count <= limits.max_queue_size
+
     def check_room(self, count: int, limits: CoreLimits) -> None:
-        """While no core answers, its front keeps the limit of its queue. Raises QueueFull."""
-        num_queued = len(self.open) - limits.max_num_seqs  # if all rows were taken
-        if num_queued + count > limits.max_queue_size:
-            raise QueueFull(max(0, num_queued), limits.max_queue_size)
+        """Raises QueueFull where there is none."""
+        if not self.has_room(count, limits):
+            raise QueueFull(max(0, self._num_queued(limits)), limits.max_queue_size)
+
+    def _num_queued(self, limits: CoreLimits) -> int:
+        return len(self.open) - limits.max_num_seqs  # if all rows were taken
 
     def add(self, sequences: list[OpenSequence]) -> None:
         """The sequences of one generation, those that are open."""

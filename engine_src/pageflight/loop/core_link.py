@@ -95,14 +95,14 @@ class CoreLink:
             self._patience_s = min(LONG_STEPS * silence_s, MAX_SILENCE_S)
 
     def confirm(self, beat: Beat) -> None:
-        """What it has taken in is accepted; what it refused has ended already."""
+        """What it has taken in is accepted; what it refused has ended already, or waits for another core's word."""
         if beat.epoch != self.epoch:
             return
         # Commands of a connection that broke may be counted with those of the next: no more than were sent.
         while self._num_confirmed < beat.num_taken and self._unconfirmed:
             self._num_confirmed += 1
             for sequence in self._unconfirmed.popleft():
-                sequence.is_accepted = True
+                sequence.is_accepted |= beat.epoch not in sequence.refused_by
 
     def blame(self, death: Death, sequence: OpenSequence) -> bool:
         """Count the last core's death against a sequence. True: it has killed it, and others before."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pageflight.core.errors import Draining, EngineLost, InvalidArgument, PageflightError
+from pageflight.core.errors import Draining, EngineLost, InvalidArgument, PageflightError, QueueFull
 from pageflight.core.events import TokenEvent
 from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress
@@ -66,18 +66,20 @@ class Front:
         is_ending: Callable[[], bool] = lambda: False,
         handles: Handles | None = None,
         elsewhere: Callable[[Front, list[OpenSequence]], bool] | None = None,
+        overflow: Callable[[Front, list[OpenSequence]], bool] | None = None,
         reroute_after_s: float = 0.0,
     ) -> None:
         """`response_rate`: see `Pacing`. `is_ending` is asked with every request: whether to refuse it (Draining).
 
         `elsewhere` has another front, with the same `handles`, `adopt` the open sequences of a generation and this one
         `release` them, and says whether it did. It is asked by the response thread when no core will come, and while
-        none has come for `reroute_after_s`.
+        none has come for `reroute_after_s`. `overflow` does the same for a generation that the core has refused because
+        its queue is full.
         """
         self._address, self._text, self._observer = address, text, observer
         self._is_ending = is_ending
         self._handles = handles or Handles()
-        self._elsewhere, self._reroute_after_s = elsewhere, reroute_after_s
+        self._elsewhere, self._overflow, self._reroute_after_s = elsewhere, overflow, reroute_after_s
         self._judged_epoch: int | None = None  # of the last core whose death was counted
         self._outbox = Outbox(Pacing(response_rate), self._cancel_unheard)
         self._client = CoreClient(address)
@@ -127,6 +129,12 @@ class Front:
     def num_open(self) -> int:
         """Sequences without their final event."""
         return len(self._book.open)
+
+    def has_room(self, num_sequences: int) -> bool:
+        """Whether so many sequences more may wait for the next core."""
+        limits = self._core.limits
+        with self._lock:
+            return limits is not None and self._book.has_room(num_sequences, limits)
 
     def settles(self, timeout_s: float) -> bool:
         """Whether within that time the core is ready, or lost."""
@@ -195,6 +203,8 @@ class Front:
         must not touch them any more."""
         with self._lock:
             if self._stopping or self._lost is not None or not self._core.answers:
+                return False
+            if any(one.ending is not None or self._core.epoch in one.refused_by for one in sequences):
                 return False
             requests = list(replays([sequences]))
             try:
@@ -382,11 +392,22 @@ class Front:
             if self._elsewhere is not None and leader.alone and self._elsewhere(self, [leader]):
                 return
             error = EngineLost(f"the engine core that took over cannot carry the request on: {error}")
+        if isinstance(error, QueueFull) and self._overflows(message.epoch, leader):
+            return
         self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):
             if handle in self._book.open:  # refused, so nothing that the histograms of finished requests should count
                 self._end(self._book.open[handle], "", "error", None, error)
+
+    def _overflows(self, epoch: int, leader: OpenSequence) -> bool:
+        """Whether another core takes the generation that this one's queue has no room for. Nothing of it has begun."""
+        refused = [leader] if leader.alone else list(self._book.groups[leader.leader])
+        for sequence in refused:
+            sequence.refused_by.add(epoch)
+        if self._overflow is None or any(sequence.ending is not None for sequence in refused):
+            return False
+        return self._overflow(self, refused)
 
     def _end_late(self) -> None:
         """Deadlines hold without a core, and with one that does not come to its own look at them."""

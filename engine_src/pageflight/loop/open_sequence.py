@@ -41,6 +41,8 @@ class Generation:
     kv_retention_priority: int | None = None
     skip_special_tokens: bool = True
     request_id: str = ""
+    session: str = ""
+    """What the client calls the conversation that it belongs to, where that decides which instance computes it."""
 
 
 class TextSource(Protocol):
@@ -92,6 +94,7 @@ class OpenSequence:
         "leader",
         "output_ids",
         "output_log_probs",
+        "refused_by",
         "shown_ids",
         "sink",
         "suspicion",
@@ -124,6 +127,8 @@ class OpenSequence:
         """Whether the core knows it as a request of its own."""
         self.is_accepted = False
         """A core has said that it took it in."""
+        self.refused_by: set[int] = set()
+        """Epochs of cores whose queues were full."""
         self.suspicion = Suspicion()
         self._stops = stops
         self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=generation.skip_special_tokens)

@@ -4,6 +4,7 @@ By default a request goes to the core of the instance that Triton chose. With se
 go to one core, by rendezvous hashing (Thaler and Ravishankar, 1998): every instance works out the same core from the
 request alone, and one that is lost moves its own conversations only. A core that does not answer is left out; what is
 open on one that is lost, or does not come back in time, goes on with another, as it does with a new core of its own.
+What one refuses because its queue is full is offered to the next best, and refused when all have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pageflight.core.config import SessionAffinity
 from pageflight.core.errors import Draining, EngineLost, PageflightError
@@ -38,6 +39,8 @@ FEW_OPEN = 8
 """Fewer than that are no load."""
 _MEET_S = 2.0
 """What the core of another instance gets to answer a new front."""
+_GLANCE_S = 0.2
+"""The same while the streams of a core that answers wait for it."""
 _LOOK_S = 0.5
 
 
@@ -82,6 +85,7 @@ class Router:
                 is_ending=is_ending,
                 handles=self._handles,
                 elsewhere=self._move if shares else None,
+                overflow=self._offer if shares else None,
                 reroute_after_s=routing.reroute_after_s,
             )
 
@@ -128,11 +132,13 @@ class Router:
     def submit(self, generation: Generation, sink: Sink, session: str = "") -> int:
         """Like `Front.submit`. `session`: what the client calls the conversation, if anything.
 
-        While no core answers, the request waits for the own one, or for another that is not lost.
+        While no core answers, the request waits for the own one, or for another that is not lost, where there is room.
         """
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests; send it elsewhere")
-        for number in self._preferred(generation, session):
+        if session and self._routing.session_affinity == "correlation":
+            generation = replace(generation, session=session)
+        for number in self._preferred(generation):
             front = self._reachable(number)
             if front is None:
                 continue
@@ -140,7 +146,9 @@ class Router:
                 return self._submit(number, front, generation, sink)
             except EngineLost:  # it went a moment ago
                 log.warning("instance %d did not take a request; it goes to another", number)
-        number = next((number for number, front in self._fronts_by_number() if not front.is_lost), self._routing.home)
+        waiting = [number for number, front in self._fronts_by_number() if not front.is_lost]
+        roomy = (number for number in waiting if self._fronts[number].has_room(generation.sampling.n))
+        number = next(roomy, waiting[0] if waiting else self._routing.home)
         return self._submit(number, self._fronts[number], generation, sink)
 
     def _submit(self, number: int, front: Front, generation: Generation, sink: Sink) -> int:
@@ -172,27 +180,27 @@ class Router:
 
     # ---- which core
 
-    def _preferred(self, generation: Generation, session: str) -> list[int]:
+    def _preferred(self, generation: Generation) -> list[int]:
         """All cores, the best for this request first."""
         home, affinity = self._routing.home, self._routing.session_affinity
         others = [number for number in self._numbers() if number != home]
         if affinity == "none" or not others:
             return [home, *sorted(others, key=self._num_open)]
-        key = session.encode("utf-8", "surrogateescape") if session and affinity == "correlation" else b""
+        key = generation.session.encode("utf-8", "surrogateescape")
         ranked = ranked_for(key or prefix_key(generation), len(self._addresses))
         total = sum(map(self._num_open, ranked))
         limit = max(FEW_OPEN, EVEN_LOAD * (total + 1) / len(ranked))
         return sorted(ranked, key=lambda number: self._num_open(number) >= limit)  # stable
 
-    def _reachable(self, number: int) -> Front | None:
-        """The front to a core, if that answers."""
+    def _reachable(self, number: int, patience_s: float = _MEET_S) -> Front | None:
+        """The front to a core, if that answers; a new one, within `patience_s`."""
         front = self._fronts.get(number)
         if front is None and self._may_answer(number):
             with self._making:
                 front = self._fronts.get(number) or self._make(number)
                 self._fronts[number] = front
             try:
-                front.wait_ready(_MEET_S)
+                front.wait_ready(patience_s)
             except PageflightError as error:
                 log.warning("instance %d does not answer: %s", number, error)
         return front if front is not None and front.answers else None
@@ -221,6 +229,20 @@ class Router:
                     source.release(sequences)
                     self._observer.rerouted(len(sequences))
                     log.warning("%d sequences go on in instance %d", len(sequences), number)
+                    return True
+        return False
+
+    def _offer(self, source: Front, sequences: list[OpenSequence]) -> bool:
+        """Hand a generation that its core's queue has no room for to the next best core that has not refused it;
+        whether one tries. Called by the thread that owns it."""
+        for number in self._preferred(sequences[0].generation):
+            front = self._reachable(number, _GLANCE_S)
+            if front is None or front is source:
+                continue
+            with self._moving:
+                if front.adopt(sequences):
+                    source.release(sequences)
+                    self._observer.routed(number)
                     return True
         return False
 
