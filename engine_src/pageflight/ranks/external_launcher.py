@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from pageflight.ranks.key import rank_key
 from pageflight.ranks.launcher import Progress, RankHandle
 from pageflight.ranks.listener import RankListener, named
 from pageflight.ranks.local_launcher import LOOPBACK, LocalRank, dismiss
+
+log = logging.getLogger(__name__)
 
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 """Processes that torchrun starts on each machine: where they are several, each is a rank."""
@@ -52,4 +55,6 @@ class ExternalLauncher:
     def _tell(self, missing: Sequence[int]) -> None:
         nodes = sorted({rank * self._config.num_nodes // self._num_ranks for rank in missing})
         words = ", ".join(map(str, nodes))
-        self._progress(f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in")
+        message = f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in"
+        log.info("%s", message)
+        self._progress(message)
