@@ -18,6 +18,7 @@ from pageflight.core.config import EngineConfig
 from pageflight.core.manifest import MANIFEST_NAME
 from pageflight.ranks.dialing import parse_leader
 from pageflight.ranks.key import rank_key
+from pageflight.ranks.network import gone_s
 
 LEADER_TIMEOUT_S = 600.0
 
@@ -61,6 +62,7 @@ def join_ranks(
 ) -> None:
     """Keep the ranks of `devices` joined until Ctrl-C or SIGTERM. Raises CommandError, ConfigError."""
     rank_key()
+    gone_s()
     find_engines(repository)
     joining = Joining(
         engine_dir=repository.resolve(), leader=leader, devices=devices, leader_timeout_s=leader_timeout_s

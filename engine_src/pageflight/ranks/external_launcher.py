@@ -12,6 +12,7 @@ from pageflight.ranks.key import rank_key
 from pageflight.ranks.launcher import Progress, RankHandle
 from pageflight.ranks.listener import RankListener, named
 from pageflight.ranks.local_launcher import LOOPBACK, LocalRank, dismiss
+from pageflight.ranks.network import gone_s
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ class ExternalLauncher:
     def __init__(self, config: EngineConfig, progress: Progress) -> None:
         self._config, self._progress = config, progress
         self._num_ranks = config.tensor_parallel * config.pipeline_parallel
-        self._key = rank_key()
         self._listener: RankListener | None = None
         self.host = ""
 
@@ -34,16 +34,17 @@ class ExternalLauncher:
         if int(os.environ.get(LOCAL_WORLD_SIZE) or 1) > 1:
             num_local = 1
         remote = [place.rank for place in places if place.rank >= num_local]
-        listener = self._listener = RankListener(remote, self._key, port=self._config.rank_port)
+        if remote:
+            gone_s()  # raises for what no connection could tell
+            self._listener = RankListener(remote, rank_key(), port=self._config.rank_port)
         local: list[LocalRank] = []
         try:
             for place in places:
                 if place.rank < num_local:
                     local.append(LocalRank(place.rank))
-            there = listener.wait(self._config.rank_wait_s, self._tell)
+            there = self._listener.wait(self._config.rank_wait_s, self._tell) if self._listener is not None else []
         except BaseException:
             dismiss(local)
-            listener.close()
             raise
         self.host = there[-1].host if there else LOOPBACK
         return [*local, *there]

@@ -71,7 +71,7 @@ class RankListener:
         self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
         self._closing = threading.Event()
         try:
-            self._socket = socket.create_server((host, port), backlog=MOST_STRANGERS)
+            self._socket = socket.create_server((host, port), backlog=128)
         except OSError as error:
             raise ConfigError(f"rank_port={port}: cannot listen on it: {error.strerror or error}") from None
         self.port: int = self._socket.getsockname()[1]
