@@ -17,7 +17,6 @@ import psutil
 
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 
-
 PAGEFLIGHT = "import sys; from pageflight.cli.main import main; sys.exit(main())"
 
 
@@ -33,7 +32,7 @@ def config_of(port: int, *, tensor_parallel: int = 1, pipeline_parallel: int = 1
         scheduler=SchedulerConfig(max_num_tokens=64, max_num_seqs=8, max_model_len=160),
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
-        num_threads=2,
+        num_threads=1,
         launcher="external",
         num_nodes=2,
         rank_port=port,

@@ -180,7 +180,7 @@ def test_a_port_that_is_taken_is_named(two: RankListener) -> None:
 
 def test_the_key_is_named_where_it_is_missing_short_or_unreadable(tmp_path: Path) -> None:
     """Without one, anybody who reached the port had a machine to command."""
-    with pytest.raises(ConfigError, match="PAGEFLIGHT_RANK_KEY is not set: .* PAGEFLIGHT_RANK_KEY_FILE names"):
+    with pytest.raises(ConfigError, match=r"PAGEFLIGHT_RANK_KEY is not set: .* PAGEFLIGHT_RANK_KEY_FILE names"):
         rank_key({})
     with pytest.raises(ConfigError, match="PAGEFLIGHT_RANK_KEY: the key has 5 characters, at least 16 are needed"):
         rank_key({"PAGEFLIGHT_RANK_KEY": "short"})
