@@ -12,7 +12,7 @@ _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), *(str(_TESTS / name) for name in ("loop", "runners", "clients"))]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """A key, and machines that are missed soon; interfaces are chosen anew."""
     with pytest.MonkeyPatch.context() as patch:

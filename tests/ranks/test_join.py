@@ -144,6 +144,17 @@ def test_a_copy_of_the_weights_with_a_wrong_byte_is_found_on_its_own_machine(
     thread.join()
 
 
+def test_a_rank_that_waits_for_what_never_comes_ends_with_its_line(engine: Path, leader: RankListener) -> None:
+    """The leader was killed, and its ranks waited half an hour for the others: nobody could start it again."""
+    store, port = open_store(HOST)
+    rank, thread = rejoined(engine, leader, spec_of(engine, port))
+    assert decode_from_rank(rank.line.recv_bytes()) == Present()
+    leader.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    del store  # was there all the time, and without a first rank
+
+
 def test_an_engine_is_found_in_a_repository_by_what_it_is(engine: Path, tmp_path: Path) -> None:
     """Two models in a repository, which lies elsewhere on this machine."""
     for name, title in (("a_engine", "other"), ("engine", "tiny")):
