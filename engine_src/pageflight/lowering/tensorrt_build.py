@@ -69,7 +69,14 @@ def lower(
     if HEAD not in forms:
         forms = {**forms, HEAD: forms[EMBED]}  # tied
     ops = TensorRtOps(
-        trt, builder, config, forms, activations=activations, num_positions=num_positions, constants=constants, joint=joint
+        trt,
+        builder,
+        config,
+        forms,
+        activations=activations,
+        num_positions=num_positions,
+        constants=constants,
+        joint=joint,
     )
     networks = ops.finish(decoder(ops, config))
     every_layer = constants is not None
@@ -127,7 +134,8 @@ def build_engines(
 ) -> EnginePlan:
     """Build all segments of the weights in `store` into `folder` and write their plan beside them.
 
-    `input_unit`: see `models.sharding.Split`. `advance` counts segments, of all ranks. Raises ConfigError when the package is missing or cannot build one of them.
+    `input_unit`: see `models.sharding.Split`. `advance` counts segments, of all ranks. Raises ConfigError when the
+    package is missing or cannot build one of them.
     """
     trt = import_flavor(target.flavor)
     steps = profiles(target.max_num_seqs, target.max_num_tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
+from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_build import build_engines
@@ -64,6 +65,7 @@ class TensorRtLowering:
             "compute_capabilities": capabilities,
             "activations": self.activations(dtype),
             "machine": platform.machine(),
+            **({"collectives": target.collectives} if target.tensor_parallel > 1 else {}),
         }
 
     def activations(self, dtype: str) -> str:

@@ -35,9 +35,11 @@ class TensorSpec:
     """An input or output of an engine.
 
     `dtype`: fp32, fp16, bf16, fp8, int8, int4 (two per byte, the even column in the low half) or int32. `kind`: `step`,
-    set for every step (`here` is 1 for tokens whose rows of the embedding a rank has, and 0 for others, whose `ids` are
-    0 then; ids count from the rank's first row); `activation`, from one segment to the next or from and to attention; `weight`, set once;
+    set for every step; `activation`, from one segment to the next or from and to attention; `weight`, set once;
     `table`, set once: `rope.cosines` and `rope.sines` are the first D / 2 columns of `models.rope.rope_tables`.
+
+    Of several ranks: `ids` count from the first row of the embedding that a rank has; those that others have are 0, and
+    so is then `here`, which is 1 for its own.
     """
 
     name: str

@@ -45,9 +45,7 @@ class RankTensors:
         self._store, self._shards = store, ShardStore(store, split)
         self._num_rows = rows_per_rank(split.config.vocab_size, split.shard.size)
         cuts = split.cuts()
-        self.forms = {
-            name: cut_form(form, cuts[name]) if name in cuts else form for name, form in store.forms.items()
-        }
+        self.forms = {name: cut_form(form, cuts[name]) if name in cuts else form for name, form in store.forms.items()}
         for name in (EMBED, HEAD):
             if name in self.forms:
                 self.forms[name] = self._padded_form(self.forms[name])

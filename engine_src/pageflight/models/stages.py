@@ -59,10 +59,11 @@ def check_stages(config: DecoderConfig, num_stages: int) -> None:
 
 
 def check_engine(lowering: str, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raises ConfigError, by its name, for a lowering that has no ranks."""
-    for name, size in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
-        if size > 1 and lowering != "torch":
-            raise ConfigError(f"{name}={size}: only engine torch runs on several ranks, not {lowering}")
+    """Raises ConfigError, by its name, for a lowering that has no ranks, or no stages."""
+    if tensor_parallel > 1 and lowering not in ("torch", "tensorrt"):
+        raise ConfigError(f"tensor_parallel={tensor_parallel}: engines torch and tensorrt have ranks, not {lowering}")
+    if pipeline_parallel > 1 and lowering != "torch":
+        raise ConfigError(f"pipeline_parallel={pipeline_parallel}: only engine torch runs in stages, not {lowering}")
 
 
 def cut_stages(layer_bytes: Sequence[int], *, first_bytes: int, last_bytes: int, num_stages: int) -> tuple[Stage, ...]:

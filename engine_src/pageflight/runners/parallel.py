@@ -20,6 +20,8 @@ from pageflight.core.errors import ConfigError, RankLost
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
+from pageflight.lowering import registry
+from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
 from pageflight.models.stages import Place, check_engine
@@ -119,8 +121,14 @@ def load_parallel(
     work, ManifestMismatch for an engine that does not fit, RankLost when a rank dies meanwhile.
     """
     tensor_parallel, pipeline_parallel = config.tensor_parallel, config.pipeline_parallel
-    check_engine(EngineManifest.read(engine_dir).lowering, tensor_parallel, pipeline_parallel)
-    engine = TorchLowering().opened(engine_dir)
+    name = EngineManifest.read(engine_dir).lowering
+    check_engine(name, tensor_parallel, pipeline_parallel)
+    if name == "tensorrt":
+        engine = open_engine(engine_dir, name, tensor_parallel)
+        if not torch.cuda.is_available():
+            registry.get(name).load(engine_dir, num_threads=num_threads)  # says what is missing
+    else:
+        engine = TorchLowering().opened(engine_dir)
     engine.split(Shard(rank=0, size=tensor_parallel))  # refuses what does not work before a process is started
     stages = engine.stages(pipeline_parallel)
     if len(stages) > 1:
