@@ -224,9 +224,9 @@ def _agreed(folder: Path, plan: EnginePlan, communicator: Communicator | None, a
         result = attempt()
     except ConfigError as error:
         refusal = str(error)
-    except (RuntimeError, TypeError, AttributeError, OSError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         refusal = f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}"
-    if communicator is not None and not communicator.least(refusal is None):
+    if communicator is not None and not communicator.least(int(refusal is None)):
         refusal = refusal or f"{folder}: {plan.flavor} TensorRT cannot run it on another rank"
     if refusal is not None:
         raise ConfigError(refusal)
