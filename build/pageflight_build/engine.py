@@ -72,8 +72,10 @@ def check_ranks(
     check_stages(config, pipeline_parallel)
 
 
-def make_manifest(name: str, source: Source, options: EngineOptions, lowering: Lowering) -> EngineManifest:
-    """The manifest without its files. `options` must be resolved."""
+def make_manifest(
+    name: str, source: Source, options: EngineOptions, lowering: Lowering, num_ranks: int = 1
+) -> EngineManifest:
+    """The manifest without its files. `options` must be resolved. `num_ranks`: that the engine is cut for."""
     assert options.dtype and options.kv_dtype and options.max_model_len, "options are resolved first"
     config, text = source.config, source.text
     return EngineManifest(
@@ -92,6 +94,7 @@ def make_manifest(name: str, source: Source, options: EngineOptions, lowering: L
         add_bos=text.add_bos,
         model=config.to_json(),
         generation=text.generation,
+        tensor_parallel=num_ranks,
         fingerprint=lowering.fingerprint(options.dtype),
     )
 

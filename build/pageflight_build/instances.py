@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPTION = "instances"
 MOST = 64
-_TENSORRT_WORDS = ("flavor", "compute_capability", "weights")
+_TENSORRT_WORDS = ("flavor", "compute_capability", "weights", "collectives")
 _ENGINE_WORDS = ("engine", "dtype", "kv_dtype", "group_size", *_TENSORRT_WORDS)
 WORDS = (*_ENGINE_WORDS, "gpu_memory_utilization", "kv_memory", "tensor_parallel")
 FIRST_FOLDER = "1/artifacts"
@@ -87,11 +87,12 @@ def instances_text(instances: Sequence[InstanceSpec]) -> str:
     return "; ".join(map(str, instances))
 
 
-def engine_folder(options: EngineOptions, first: EngineOptions) -> str:
-    """Where the engine of these options lies in its model's folder; `first`: those of the first instance."""
-    if options == first:
+def engine_folder(options: EngineOptions, num_ranks: int, first: tuple[EngineOptions, int]) -> str:
+    """Where the engine of these options for so many ranks lies in its model's folder; `first`: those of the first
+    instance."""
+    if (options, num_ranks) == first:
         return FIRST_FOLDER
-    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([asdict(options), num_ranks], sort_keys=True).encode()).hexdigest()[:8]
     return f"{FIRST_FOLDER}-{key}"
 
 

@@ -22,6 +22,7 @@ from pageflight_build.instances import parse_instances
 ENGINES = ("openvino", "tensorrt", "torch")
 FLAVORS = ("rtx", "full")
 WEIGHTS = ("input", "constant")
+COLLECTIVES = ("between", "inside")
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 GROUPED_DTYPES = ("int8", "int4")
 STEP_TOKENS = {"openvino": 256, "tensorrt": 2048, "torch": 2048}
@@ -61,7 +62,8 @@ class EngineOptions:
     largest of 128, 64 and 32 that fits for int4.
 
     Of tensorrt only: `flavor`, the package that builds; `compute_capability`, the GPUs to build for, 89 being 8.9, none
-    all that it can; `weights`, whether they are inputs of the engines or constants in them.
+    all that it can; `weights`, whether they are inputs of the engines or constants in them; `collectives`, whether
+    sums over ranks stand between engines or inside them.
     """
 
     engine: str = "openvino"
@@ -72,13 +74,15 @@ class EngineOptions:
     flavor: str = "rtx"
     compute_capability: tuple[int, ...] = ()
     weights: str = "input"
+    collectives: str = "between"
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)
         _one_of("flavor", self.flavor, FLAVORS)
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("collectives", self.collectives, COLLECTIVES)
         if self.engine != "tensorrt":
-            defaults = {"flavor": "rtx", "compute_capability": (), "weights": "input"}
+            defaults = {"flavor": "rtx", "compute_capability": (), "weights": "input", "collectives": "between"}
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     raise ConfigError(f"{name}={getattr(self, name)!r}: only engine tensorrt has it, not {self.engine}")

@@ -40,7 +40,7 @@ from pageflight_build.progress import BuildProgress, Silent, StageReport
 from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.reference import reference_logits
 from pageflight_build.swap import link_or_copy, put_in_place, staging_folder
-from pageflight_build.target import lowering_of
+from pageflight_build.target import lowering_of, ranks_cut_for
 from pageflight_build.verify import REFERENCE_MAX_PARAMETERS, verification_ids, verify
 
 
@@ -87,7 +87,10 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             default=options.default,
         )
         distinct = {engine.folder: engine for engine in engines}
-        lowerings = {engine.folder: lowering_of(engine.options, options.serving) for engine in distinct.values()}
+        lowerings = {
+            engine.folder: lowering_of(engine.options, options.serving, engine.num_ranks)
+            for engine in distinct.values()
+        }
         kept: dict[str, Path] = {}
         for folder, engine in distinct.items():
             found = repository.engine_kept(target, record, wanted, engine.inputs, lowerings[folder])
@@ -113,9 +116,8 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
                 else:
                     build_one = replace(options, engine=engine.options)
                     note = f" ({engine.title})" if len(distinct) > 1 else ""
-                    _run(
-                        _Engine(build_one, lowerings[folder], artifacts[folder], engine.ranks).stages(), progress, note
-                    )
+                    made = _Engine(build_one, lowerings[folder], artifacts[folder], engine.ranks, engine.num_ranks)
+                    _run(made.stages(), progress, note)
             root = staged / "repository"
             _run((Stage(title="assemble", run=lambda report: assembly.write(root, artifacts)),), progress)
             put_in_place(root, target)
@@ -132,14 +134,15 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedEngine:
-    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, and
-    how many ranks those have who share it."""
+    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, how
+    many ranks those have who share it, and how many it is cut for: 1 where it is the same for any."""
 
     options: EngineOptions
     inputs: str
     folder: str
     title: str
     ranks: frozenset[int]
+    num_ranks: int
 
 
 def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
@@ -155,9 +158,10 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
         )
     wanted = [instance.engine_options(options.engine) for instance in instances]
     _check_launcher(options.serving, instances)
-    ranks: dict[str, set[int]] = {}
-    for instance, engine in zip(instances, wanted, strict=True):
-        size = num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel)
+    sizes = [
+        num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel) for instance in instances
+    ]
+    for size in sizes:
         check_nodes(
             EngineConfig(
                 tensor_parallel=size,
@@ -168,24 +172,29 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
                 rank_wait_s=options.serving.rank_wait_s,
             )
         )
-        ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(size)
+    cuts = [ranks_cut_for(engine, size) for engine, size in zip(wanted, sizes, strict=True)]
+    folders = [engine_folder(engine, cut, (wanted[0], cuts[0])) for engine, cut in zip(wanted, cuts, strict=True)]
     return tuple(
         WantedEngine(
             options=engine,
-            inputs=engine_inputs(options.checkpoint, engine, options.serving),
-            folder=(folder := engine_folder(engine, wanted[0])),
+            inputs=engine_inputs(options.checkpoint, engine, options.serving, cut),
+            folder=folder,
             title=str(instance),
-            ranks=frozenset(ranks[folder]),
+            ranks=frozenset(size for size, other in zip(sizes, folders, strict=True) if other == folder),
+            num_ranks=cut,
         )
-        for instance, engine in zip(instances, wanted, strict=True)
+        for instance, engine, cut, folder in zip(instances, wanted, cuts, folders, strict=True)
     )
 
 
 class _Engine:
-    """The stages that make an engine directory at `folder`. `ranks`: how many its instances have."""
+    """The stages that make an engine directory at `folder`. `ranks`: how many its instances have; `num_ranks`: how many
+    it is cut for."""
 
-    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[int]) -> None:
-        self._build, self._ranks = options, ranks
+    def __init__(
+        self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[int], num_ranks: int
+    ) -> None:
+        self._build, self._ranks, self._num_ranks = options, ranks, num_ranks
         self._lowering = lowering
         self._folder = folder
         self._source: Source
@@ -243,13 +252,14 @@ class _Engine:
             self._folder,
             self._source.config,
             dtype=options.dtype,
+            group_size=options.group_size,
             max_model_len=options.max_model_len,
             advance=report.advance,
         )
 
     def _describe(self, report: StageReport) -> str:
         files = record_files(self._folder, report.advance)
-        manifest = make_manifest(self._build.name, self._source, self._options, self._lowering)
+        manifest = make_manifest(self._build.name, self._source, self._options, self._lowering, self._num_ranks)
         self._manifest = replace(manifest, files=files)
         self._manifest.write(self._folder)
         return f"{len(files)} files; {', '.join(f'{k} {v}' for k, v in manifest.fingerprint.items())}"

@@ -9,8 +9,8 @@ from pageflight_build.machine import cpu_flags, default_dtype
 from pageflight_build.options import EngineOptions, ServingOptions
 
 
-def lowering_of(options: EngineOptions, serving: ServingOptions) -> Lowering:
-    """The lowering of a build. Raises ConfigError when it is not installed."""
+def lowering_of(options: EngineOptions, serving: ServingOptions, num_ranks: int = 1) -> Lowering:
+    """The lowering of a build whose engine is cut for so many ranks. Raises ConfigError when it is not installed."""
     if options.engine != "tensorrt":
         return registry.get(options.engine)
     target = TensorRtTarget(
@@ -19,8 +19,15 @@ def lowering_of(options: EngineOptions, serving: ServingOptions) -> Lowering:
         weights=options.weights,
         max_num_seqs=serving.max_num_seqs,
         max_num_tokens=serving.max_num_tokens,
+        tensor_parallel=num_ranks,
+        collectives=options.collectives,
     )
     return registry.get(options.engine, target=target)
+
+
+def ranks_cut_for(options: EngineOptions, num_ranks: int) -> int:
+    """For how many ranks an engine is made: others than TensorRT's are the same for any."""
+    return num_ranks if options.engine == "tensorrt" else 1
 
 
 def limits_of_steps(options: EngineOptions, serving: ServingOptions) -> tuple[int, ...]:

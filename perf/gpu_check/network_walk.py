@@ -46,7 +46,7 @@ _CLASSES = {
     "ELEMENTWISE": "IElementWiseLayer", "REDUCE": "IReduceLayer", "ACTIVATION": "IActivationLayer",
     "SHUFFLE": "IShuffleLayer", "SHAPE": "IShapeLayer", "SLICE": "ISliceLayer",
     "MATRIX_MULTIPLY": "IMatrixMultiplyLayer", "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer",
-    "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
+    "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer", "DIST_COLLECTIVE": "IDistCollectiveLayer",
 }  # fmt: skip
 
 
@@ -61,12 +61,20 @@ def tensor_of(array: np.ndarray, dtype: str, shape: tuple[int, ...] | None = Non
 
 
 class Walk:
-    """One network, ready to be computed again and again on `device`, in `wide` instead of its own floats if given."""
+    """One network, ready to be computed again and again on `device`, in `wide` instead of its own floats if given.
+
+    `all_reduce` gives the sum of every rank's tensor, for networks with such layers.
+    """
 
     def __init__(
-        self, trt: Any, network: Network, device: str | torch.device = "cpu", wide: torch.dtype | None = None
+        self,
+        trt: Any,
+        network: Network,
+        device: str | torch.device = "cpu",
+        wide: torch.dtype | None = None,
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._network, self._device, self._wide = network, device, wide
+        self._network, self._device, self._wide, self._all_reduce = network, device, wide, all_reduce
         self._steps: list[tuple[Any, Callable[..., Tensor], list[str | None]]] = []
         definition = network.definition
         for index in range(definition.num_layers):
@@ -157,6 +165,10 @@ class Walk:
             scale = scale.repeat_interleave(x.shape[1] // scale.shape[1], 1)
         wide = self._held(torch.float32)
         return (x.to(wide) * scale.to(wide)).to(self._type(layer.to_type))
+
+    def _dist_collective(self, layer: Any, x: Tensor) -> Tensor:
+        assert self._all_reduce is not None and layer.num_ranks > 1, "the sum of one is no sum"
+        return self._all_reduce(x)
 
     def _rotary_embedding(self, layer: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """x [T, heads, 1, D], rows [T, 1, D / 2]: batch, heads, sequence, features."""

@@ -116,6 +116,7 @@ def write_engine(
             target,
             activations=activations,
             num_positions=config.max_positions,
+            input_unit=1,
             advance=lambda done, total: None,
         )
     files = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tensorrt_rtx
 from safetensors.numpy import load_file, save_file
 
+from pageflight.cli.main import main
 from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import EngineManifest
 from pageflight.lowering import registry, tensorrt_build, tensorrt_lowering
@@ -28,7 +30,9 @@ FULL = replace(ENGINE, flavor="full", dtype="bf16", compute_capability=())
 SERVING = ServingOptions(max_num_seqs=4, max_num_tokens=32)
 
 
-def options(checkpoint: Path, repository: Path, engine: EngineOptions = ENGINE, **serving: int | bool) -> BuildOptions:
+def options(
+    checkpoint: Path, repository: Path, engine: EngineOptions = ENGINE, **serving: int | bool | str
+) -> BuildOptions:
     return BuildOptions(
         checkpoint=checkpoint,
         repository=repository,
@@ -181,6 +185,14 @@ def test_without_a_gpu_loading_says_so(checkpoint: Path, tmp_path: Path, monkeyp
             "=86: kv_dtype fp8 needs 89",
         ),
         (ENGINE, {"deterministic": True}, "deterministic=True"),
+        (ENGINE, {"tensor_parallel": 3}, "tensor_parallel=3: must divide num_heads=4; sizes that work are 1, 2, 4"),
+        (ENGINE, {"pipeline_parallel": 2}, "pipeline_parallel=2: only engine torch runs in stages, not tensorrt"),
+        (replace(ENGINE, collectives="inside"), {}, "collectives='inside': there is nothing to sum"),
+        (
+            replace(ENGINE, dtype="fp16", collectives="inside", compute_capability=(75, 89)),
+            {"tensor_parallel": 2},
+            "compute_capability=75: collectives inside engines need 80",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(
@@ -188,13 +200,79 @@ def test_what_cannot_be_built_is_refused_by_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     engine: EngineOptions,
-    serving: dict[str, bool],
+    serving: dict[str, int | bool],
     says: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(ConfigError, match=says):
         build(options(checkpoint, tmp_path / "repo", engine, **serving))
     assert not (tmp_path / "repo").exists()
+
+
+def test_ranks_are_built_recorded_shown_and_found_again(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line, as people use it: a repository that says for how many ranks its engines are, a second build
+    that does nothing, and another number of ranks, or other sums, that are not taken for the same engines."""
+    repository = tmp_path / "repo"
+
+    def run(*more: str) -> EngineManifest:
+        arguments = [
+            "build",
+            str(checkpoint),
+            "--repository",
+            str(repository),
+            "--name",
+            "tiny",
+            "--engine",
+            "tensorrt",
+        ]
+        sizes = ["--compute-capability", "89", "--max-model-len", "64", "--max-num-seqs", "2", "--max-num-tokens", "8"]
+        assert main([*arguments, *sizes, *more]) == 0
+        return EngineManifest.read(repository / "engine" / "1" / "artifacts")
+
+    manifest = run("--tensor-parallel", "2")
+    folder = repository / "engine" / "1" / "artifacts"
+    plan = EnginePlan.read(folder)
+    assert (manifest.tensor_parallel, plan.tensor_parallel, plan.collectives) == (2, 2, "between")
+    assert [run.segment for run in plan.runs] == [
+        *("embed", "first", "output", "mlp", "mid", "last_output", "last_mlp", "last")
+    ]
+    assert [run.summed for run in plan.runs] == ["residual.0", "", "sum", "sum", "", "sum", "sum", ""]
+    assert {segment.file for segment in plan.segments} < {record.path for record in manifest.files}
+    config = (repository / "engine" / "config.pbtxt").read_text()
+    assert re.search(r'key: "tensor_parallel"\s+value {\s+string_value: "2"', config)
+    inode = (folder / "segments" / "mlp.engine").stat().st_ino
+    assert run("--tensor-parallel", "2") == manifest and (folder / "segments" / "mlp.engine").stat().st_ino == inode
+    capsys.readouterr()
+    assert main(["inspect", str(repository)]) == 0
+    shown = capsys.readouterr().out
+    assert "2, each with engines of its part" in shown and "collectives between" in shown
+    inside = run("--tensor-parallel", "2", "--collectives", "inside")
+    assert inside.tensor_parallel == 2 and [item.name for item in EnginePlan.read(folder).segments] == [
+        *("first", "mid", "last")
+    ]
+    assert run().tensor_parallel == 1 and EnginePlan.read(folder).tensor_parallel == 1
+
+
+def test_instances_with_other_numbers_of_ranks_have_engines_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    """Two GPUs as one instance and a third alone: the engines of the first were loaded by both."""
+    result = build(options(checkpoint, tmp_path / "repo", ENGINE, instances="gpu0,1; gpu2"))
+    folders = sorted((tmp_path / "repo" / "engine" / "1").glob("artifacts*"))
+    assert [EngineManifest.read(folder).tensor_parallel for folder in folders] == [2, 1]
+    assert result.manifest.tensor_parallel == 2
+    assert build(options(checkpoint, tmp_path / "repo", ENGINE, instances="gpu0,1; gpu2")).reused
+
+
+def test_a_package_without_sums_over_ranks_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an attribute error, after the weights had been converted."""
+    old = type("INetworkDefinition", (), {})
+    monkeypatch.setattr(tensorrt_rtx, "INetworkDefinition", old)
+    engine = replace(ENGINE, collectives="inside")
+    with pytest.raises(ConfigError, match=r"collectives='inside': tensorrt_rtx 1\.\S+ has no add_dist_collective"):
+        build(options(checkpoint, tmp_path / "repo", engine, tensor_parallel=2))
 
 
 def test_the_default_precision_is_one_for_gpus(checkpoint: Path, tmp_path: Path) -> None:

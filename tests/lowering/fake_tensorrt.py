@@ -27,6 +27,7 @@ class FakeTensorRt:
         """Engines whose contexts cannot be captured; None: a flavor that cannot be asked."""
         self.hides: BaseException | None = None
         """What serialising a cache raises."""
+        self.refuses_ranks = False
         self.is_mute = False  # serialising a cache gives nothing
 
     def Runtime(self, log: Any) -> Any:
@@ -102,6 +103,8 @@ class _Context:
             self._fake.calls.append((call, *arguments))
             if call == "is_stream_capturable":
                 return self._name not in (self._fake.uncapturable or ())
+            if call == "set_communicator":
+                return not self._fake.refuses_ranks
             if call == "set_input_shape":
                 self.shapes.append(arguments[1])
             kernels = f"kernels of {self._name};".encode()

@@ -115,6 +115,22 @@ def test_a_context_that_was_captured_keeps_its_shapes(folder):
     assert len({call[1:] for call in fake.calls if call[0] == "set_device_memory"}) == 1
 
 
+def test_contexts_that_sum_over_ranks_are_given_their_communicator(folder):
+    """A context without one runs its sums as if it were alone. What one rank alone can be refused comes before: where
+    contexts are given a communicator, they wait for those of all ranks."""
+    fake = FakeTensorRt()
+    segments = start(fake, folder)
+    segments.try_contexts()
+    names = [call[0] for call in fake.calls]
+    assert names.count("create_execution_context") == 2 and "set_communicator" not in names
+    segments.join("ranks")
+    run(segments)
+    assert fake.calls.count(("set_communicator", "ranks")) == 1
+    fake.refuses_ranks = True
+    with pytest.raises(RuntimeError, match="does not take NCCL's communicator for last"):
+        run(segments, "last")
+
+
 def test_what_cannot_be_captured_is_known_before(folder):
     """A capture that fails leaves torch in a state of its own: TensorRT is asked, for all segments of decode steps."""
     fake = FakeTensorRt()
@@ -341,7 +357,9 @@ def test_the_names_of_the_fake_are_those_of_the_package():
             "set_tensor_address",
             "execute_async_v3",
             "is_stream_capturable",
+            "set_communicator",
         ),
+        "INetworkDefinition": ("add_dist_collective",),
         "IBuilderConfig": ("create_timing_cache", "set_timing_cache", "get_timing_cache"),
         "Runtime": ("deserialize_cuda_engine",),
     }

@@ -77,23 +77,31 @@ class ThreadedRanks:
     """A compiled model of several: each pass runs on all ranks of a stage, which must answer the same bits, and then on
     the next stage."""
 
-    def __init__(self, engine_dir: Path, size: int, num_stages: int = 1) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        size: int,
+        num_stages: int = 1,
+        load_rank: Callable[[ThreadCommunicator], TorchModel] | None = None,
+    ) -> None:
+        """`load_rank` makes a rank of another lowering."""
         lowering, num_threads = TorchLowering(), torch.get_num_threads()
         self.stages: list[tuple[ThreadGroup, list[TorchModel]]] = []
         for stage in range(num_stages):
             self.group = group = ThreadGroup(size)
 
             def load(place: Place, group: ThreadGroup = group) -> TorchModel:
-                return lowering.load_rank(engine_dir, ThreadCommunicator(group, place), num_threads=num_threads)
+                communicator = ThreadCommunicator(group, place)
+                if load_rank is not None:
+                    return load_rank(communicator)
+                return lowering.load_rank(engine_dir, communicator, num_threads=num_threads)
 
             ranks = range(stage * size, (stage + 1) * size)
             places = [Place(rank=rank, tensor_parallel=size, pipeline_parallel=num_stages) for rank in ranks]
             self.stages.append((group, group.each(load, places)))
         self.ranks = [rank for _, ranks in self.stages for rank in ranks]
         first = self.ranks[0]
-        self.block_size, self.vocab_size, self.num_threads = first.block_size, first.vocab_size, first.num_threads
-        self.token_tile, self.replay_rows = first.token_tile, first.replay_rows
-        self.kv_bytes_per_block = first.kv_bytes_per_block
+        self.block_size, self.vocab_size = first.block_size, first.vocab_size
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         for rank in self.ranks:

@@ -247,7 +247,7 @@ def test_tensorrt_engines_that_the_card_does_not_take_run_on_our_kernels(
     folder = shutil.copytree(engine_dir, tmp_path / "engine")
     replace(EngineManifest.read(folder), lowering="tensorrt").write(folder)
 
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise ConfigError("first.engine: rtx TensorRT does not take it on Some GPU")
 
     monkeypatch.setattr(device_factory, "load_segments", refuse)

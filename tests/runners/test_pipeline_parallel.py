@@ -143,7 +143,7 @@ def test_stages_are_refused_where_there_are_gpus(engine: Path, monkeypatch: pyte
 def test_a_lowering_without_stages_is_refused_by_name(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint")
     engine = make_engine(tmp_path / "checkpoint", tmp_path / "engine", "openvino")
-    with pytest.raises(ConfigError, match="pipeline_parallel=2: only engine torch runs on several ranks, not openvino"):
+    with pytest.raises(ConfigError, match="pipeline_parallel=2: only engine torch runs in stages, not openvino"):
         factory.load_engine(engine, EngineConfig(pipeline_parallel=2))
 
 

@@ -13,6 +13,7 @@ from pageflight.core.tenants import read_tenants
 from pageflight_build.amounts import parse_bytes, parse_capabilities
 from pageflight_build.instances import instances_text, parse_instances
 from pageflight_build.options import (
+    COLLECTIVES,
     DTYPES,
     ENGINES,
     FLAVORS,
@@ -89,6 +90,14 @@ class BuildFlags:
             rich_help_panel=_ENGINE,
         ),
     ] = _ENGINE_DEFAULTS.weights
+    collectives: Annotated[
+        str,
+        typer.Option(
+            help=f"tensorrt with --tensor-parallel: {', '.join(COLLECTIVES)}. Sums over ranks stand between engines, or"
+            " are layers inside them.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = _ENGINE_DEFAULTS.collectives
     kv_memory: Annotated[
         str,
         typer.Option(
@@ -293,6 +302,7 @@ class BuildFlags:
                 flavor=self.flavor,
                 compute_capability=parse_capabilities(self.compute_capability),
                 weights=self.weights,
+                collectives=self.collectives,
             ),
             serving=ServingOptions(
                 kv_memory=parse_bytes(self.kv_memory),

@@ -109,6 +109,7 @@ class AheadOfTime(Protocol):
         config: DecoderConfig,
         *,
         dtype: str,
+        group_size: int,
         max_model_len: int,
         advance: Callable[[int, int], None],
     ) -> str:

@@ -45,15 +45,17 @@ class EngineDir:
         return cut_stages(layers, first_bytes=ends[0], last_bytes=ends[1] + ends[2], num_stages=num_stages)
 
 
-def open_engine(folder: Path, lowering: str) -> EngineDir:
-    """Open an engine built for `lowering`. Raises ManifestMismatch naming what does not fit."""
+def open_engine(folder: Path, lowering: str, tensor_parallel: int = 1) -> EngineDir:
+    """Open an engine built for `lowering`, and for so many ranks where it differs by their number. Raises
+    ManifestMismatch naming what does not fit."""
     manifest = EngineManifest.read(folder)
     if manifest.lowering != lowering:
         raise ManifestMismatch(f"{folder}: lowering={manifest.lowering!r}, asked to load it with {lowering!r}")
-    if manifest.tensor_parallel != 1 or manifest.pipeline_parallel != 1:
+    if (manifest.tensor_parallel, manifest.pipeline_parallel) != (tensor_parallel, 1):
         raise ManifestMismatch(
-            f"{folder}: tensor_parallel={manifest.tensor_parallel}, pipeline_parallel={manifest.pipeline_parallel};"
-            f" {lowering} runs on one device only"
+            f"{folder} was built for tensor_parallel={manifest.tensor_parallel},"
+            f" pipeline_parallel={manifest.pipeline_parallel}, and is to run with {tensor_parallel} and 1; build the"
+            " engine again"
         )
     config = DecoderConfig.from_json(manifest.model)
     if manifest.vocab_size != config.vocab_size:

@@ -17,6 +17,17 @@ from pageflight.models.sharding import Split, rows_per_rank
 from pageflight.models.weights import HEAD
 
 
+def own_ids(ids: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
+    """Rows of a rank's part of the embedding, 0 for ids that others have; and which those are."""
+    elsewhere = (ids < vocabulary.start) | (ids >= vocabulary.stop)
+    return (ids - vocabulary.start).masked_fill(elsewhere, 0), elsewhere
+
+
+def all_logits(communicator: Communicator, part_LW: Tensor, vocab_size: int) -> Tensor:
+    """Logits [L, V], from every rank's columns, of which all have as many."""
+    return communicator.all_gather(part_LW.contiguous()).transpose(0, 1).flatten(1)[:, :vocab_size]
+
+
 class ParallelOps:
     """`ops` compute with a rank's parts of the weights, in the rank's decoder; nothing of theirs is done otherwise.
 
@@ -33,9 +44,8 @@ class ParallelOps:
 
     def embed(self, ids: Tensor, weight: str) -> Tensor:
         """Rows that other ranks have count as zeros."""
-        part = self._vocabulary
-        elsewhere = (ids < part.start) | (ids >= part.stop)
-        rows: Tensor = self._ops.embed((ids - part.start).masked_fill(elsewhere, 0), weight)
+        own, elsewhere = own_ids(ids, self._vocabulary)
+        rows: Tensor = self._ops.embed(own, weight)
         return self._communicator.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
     def linear(self, x: Any, weight: str, bias: str | None = None) -> Tensor:
@@ -48,8 +58,8 @@ class ParallelOps:
 
     def _gathered(self, part_LW: Tensor) -> Tensor:
         """Logits [L, V] of every rank's rows of the vocabulary."""
-        parts = self._communicator.all_gather(pad(part_LW, (0, self._most_rows - part_LW.shape[1])).contiguous())
-        return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]
+        part_LW = pad(part_LW, (0, self._most_rows - part_LW.shape[1]))
+        return all_logits(self._communicator, part_LW, self._vocab_size)
 
     # --- what each rank does for itself
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from pageflight.lowering.tensorrt_gpu import find_gpu
 from pageflight.lowering.tensorrt_network import Network
 from pageflight.lowering.tensorrt_ops import StoredTensors, TensorRtOps, stored_name
 from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Run, Segment, profiles
+from pageflight.lowering.tensorrt_ranks import Joint, RankTensors
 from pageflight.lowering.tensorrt_target import TensorRtTarget, collecting_log, import_flavor, package_of
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
+from pageflight.models.sharding import Shard, Split
 from pageflight.models.weights import EMBED, HEAD
 from pageflight.quant.forms import WeightForm
 from pageflight.quant.store import WeightStore
@@ -45,8 +47,10 @@ def lower(
     activations: str,
     num_positions: int,
     constants: StoredTensors | None = None,
+    joint: Joint | None = None,
 ) -> Networks:
     """The definition as networks. With weights as inputs, `mid` is one for all layers; else each layer has its own.
+    With `joint` they are those of one of several ranks, whose decoder and forms are given.
 
     Raises ManifestMismatch when weights are inputs and layers differ in the form of theirs, ConfigError when there is
     no builder here.
@@ -65,12 +69,20 @@ def lower(
     if HEAD not in forms:
         forms = {**forms, HEAD: forms[EMBED]}  # tied
     ops = TensorRtOps(
-        trt, builder, config, forms, activations=activations, num_positions=num_positions, constants=constants
+        trt,
+        builder,
+        config,
+        forms,
+        activations=activations,
+        num_positions=num_positions,
+        constants=constants,
+        joint=joint,
     )
     networks = ops.finish(decoder(ops, config))
-    return Networks(
-        builder, log, dict(zip(_names(config.num_layers, every_layer=constants is not None), networks, strict=True))
-    )
+    every_layer = constants is not None
+    kinds = _segments(config.num_layers, joint)
+    names = [f"{kind}{layer}" if layer and every_layer else kind for kind, layer in kinds]
+    return Networks(builder, log, dict(zip(names, networks, strict=True)))
 
 
 def build_network(
@@ -117,36 +129,44 @@ def build_engines(
     *,
     activations: str,
     num_positions: int,
+    input_unit: int,
     advance: Callable[[int, int], None],
 ) -> EnginePlan:
     """Build all segments of the weights in `store` into `folder` and write their plan beside them.
 
-    `advance` counts segments. Raises ConfigError when the package is missing or cannot build one of them.
+    `input_unit`: see `models.sharding.Split`. `advance` counts segments, of all ranks. Raises ConfigError when the
+    package is missing or cannot build one of them.
     """
     trt = import_flavor(target.flavor)
-    constants = store if target.weights == "constant" else None
-    networks = lower(
-        trt, config, store.forms, activations=activations, num_positions=num_positions, constants=constants
-    )
     steps = profiles(target.max_num_seqs, target.max_num_tokens)
     gpu = find_gpu() if target.flavor == "full" else None
     timings = None if gpu is None else TimingCache(timing_path(package_of(target.flavor), trt.__version__, gpu))
     (folder / ENGINE_FOLDER).mkdir()
-    segments = []
-    for name, network in networks.segments.items():
-        engine = build_network(trt, networks, name, target, steps, timings)
-        file = f"{ENGINE_FOLDER}/{name}.engine"
-        (folder / file).write_bytes(engine)
-        segments.append(
-            Segment(
-                name=name,
-                file=file,
-                num_bytes=len(engine),
-                inputs=tuple(network.inputs),
-                outputs=tuple(network.outputs),
-            )
+    segments: dict[Hashable, Segment] = {}
+    num_ranks = target.tensor_parallel
+    for rank in range(num_ranks):
+        tensors, rank_config, joint = rank_part(store, config, rank, input_unit, target)
+        networks = lower(
+            trt,
+            rank_config,
+            tensors.forms,
+            activations=activations,
+            num_positions=num_positions,
+            constants=tensors if target.weights == "constant" else None,
+            joint=joint,
         )
-        advance(len(segments), len(networks.segments))
+        for number, (name, network) in enumerate(networks.segments.items(), rank * len(networks.segments) + 1):
+            inputs, outputs = tuple(network.inputs), tuple(network.outputs)
+            # Without weights in them, engines of the same sizes are the same.
+            kind = (name, rank) if target.weights == "constant" else (name, inputs, outputs)
+            if kind not in segments:
+                engine = build_network(trt, networks, name, target, steps, timings)
+                file = f"{ENGINE_FOLDER}/{name}.rank{rank}.engine" if rank else f"{ENGINE_FOLDER}/{name}.engine"
+                (folder / file).write_bytes(engine)
+                segments[kind] = Segment(name=name, file=file, num_bytes=len(engine), inputs=inputs, outputs=outputs)
+            if num_ranks > 1:
+                segments[kind] = replace(segments[kind], ranks=(*segments[kind].ranks, rank))
+            advance(number, num_ranks * len(networks.segments))
     if timings is not None:
         timings.save()
         (folder / TIMING_NAME).write_bytes(timings.data)
@@ -156,33 +176,60 @@ def build_engines(
         activations=activations,
         weights=target.weights,
         profiles=steps,
-        segments=tuple(segments),
-        runs=tuple(plan_runs(config.num_layers, {item.name: item for item in segments}, store)),
+        segments=tuple(segments.values()),
+        runs=tuple(plan_runs(config.num_layers, {item.name: item for item in segments.values()}, store, joint)),
+        tensor_parallel=num_ranks,
+        collectives=target.collectives,
     )
     plan.write(folder)
     return plan
 
 
-def plan_runs(num_layers: int, segments: Mapping[str, Segment], store: WeightStore) -> Iterator[Run]:
+def rank_part(
+    store: WeightStore, config: DecoderConfig, rank: int, input_unit: int, target: TensorRtTarget
+) -> tuple[WeightStore | RankTensors, DecoderConfig, Joint | None]:
+    """What is lowered for a rank: its weights, its decoder, and how it meets the others. Raises ConfigError, naming the
+    numbers of ranks that work."""
+    if target.tensor_parallel == 1:
+        return store, config, None
+    split = Split(config=config, shard=Shard(rank=rank, size=target.tensor_parallel), input_unit=input_unit)
+    return RankTensors(store, split), split.rank_config, Joint.of(split, inside=target.collectives == "inside")
+
+
+def plan_runs(
+    num_layers: int, segments: Mapping[str, Segment], store: WeightStore, joint: Joint | None = None
+) -> Iterator[Run]:
     """One step as executions of segments. The residual has two buffers, for no engine may write where it reads."""
-    shared = "mid" in segments
-    names = ("first", *["mid"] * (num_layers - 1), "last") if shared else _names(num_layers, every_layer=True)
-    for index, name in enumerate(names):
-        segment = segments[name]
-        residuals = {"residual": f"residual.{index % 2}", "next_residual": f"residual.{(index + 1) % 2}"}
+    residual, num_attentions = 0, 0
+    for kind, layer in _segments(num_layers, joint):
+        segment = segments[kind if kind in segments else f"{kind}{layer}"]
+        names = {"residual": f"residual.{residual}", "next_residual": f"residual.{1 - residual}"}
+        names["part"] = names["residual"] if kind == "embed" else "sum"
         weights = [spec.name for spec in segment.inputs if spec.kind == "weight"]
+        outputs = [spec.name for spec in segment.outputs]
         moving = [spec.name for spec in (*segment.inputs, *segment.outputs) if spec.kind in ("step", "activation")]
         yield Run(
-            segment=name,
-            attention=index if index < num_layers else -1,
-            weights={weight: store.stored_name(stored_name(weight, index)) for weight in weights},
-            buffers={name: residuals.get(name, name) for name in moving},
+            segment=segment.name,
+            attention=num_attentions if "q" in outputs else -1,
+            weights={weight: store.stored_name(stored_name(weight, num_attentions)) for weight in weights},
+            buffers={name: names.get(name, name) for name in moving},
+            summed=names["part"] if "part" in outputs else "",
         )
+        num_attentions += "q" in outputs
+        residual ^= "next_residual" in outputs
 
 
-def _names(num_layers: int, *, every_layer: bool) -> tuple[str, ...]:
-    mids = [f"mid{layer}" if every_layer else "mid" for layer in range(1, num_layers)]
-    return ("first", *mids, "last")
+def _segments(num_layers: int, joint: Joint | None) -> Iterator[tuple[str, int]]:
+    """The kinds of networks in the order they run, each with the layer that begins in it; 0 where there is one only."""
+    if joint is None or joint.inside:
+        yield "first", 0
+        yield from (("mid", layer) for layer in range(1, num_layers))
+    else:
+        yield from (("embed", 0), ("first", 0))
+        for layer in range(1, num_layers):
+            yield from (("output", layer), ("mlp", layer), ("mid", layer))
+        yield from (("last_output", 0), ("last_mlp", 0))
+    yield "last", 0
 
 
 def _check_layers(forms: Forms) -> None:

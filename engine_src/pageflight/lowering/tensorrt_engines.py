@@ -58,6 +58,7 @@ class TensorRtSegments:
         self._engines: dict[str, Any] = {}
         self._contexts: dict[tuple[str, int, Shapes], Any] = {}
         self._settings: list[Any] = []  # contexts refer to theirs
+        self._ranks: Any = None  # NCCL's communicator
         for segment in plan.segments:
             engine = self._runtime.deserialize_cuda_engine((folder / segment.file).read_bytes())
             if engine is None:
@@ -111,8 +112,21 @@ class TensorRtSegments:
             context = engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(profile, stream):
             raise RuntimeError(f"TensorRT has no context for profile {profile} of {segment}: {self._said()}")
+        if self._ranks is not None and not context.set_communicator(self._ranks):
+            raise RuntimeError(f"TensorRT does not take NCCL's communicator for {segment}: {self._said()}")
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         return context
+
+    def try_contexts(self) -> None:
+        """A context of every engine, for no step. Raises RuntimeError where there can be none."""
+        stream = int(torch.cuda.current_stream(self._device).cuda_stream)
+        for segment in self._engines:
+            self.context(segment, len(self._plan.profiles) - 1, stream)
+
+    def join(self, ranks: Any) -> None:
+        """Contexts that are made from now on sum over the ranks of NCCL's communicator, a capsule: each waits for those
+        of all ranks to be made, and so does every run."""
+        self._ranks = ranks
 
     def can_capture(self, stream: int) -> bool:
         """Whether all contexts of decode steps that were made so far can be captured on a stream. The flavor that does

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pageflight.core.errors import ConfigError, ManifestMismatch
+from pageflight.core.manifest import EngineManifest
 from pageflight.lowering.base import CompiledModel
 from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.tensorrt_build import build_engines
@@ -19,10 +20,12 @@ from pageflight.lowering.tensorrt_target import (
     FP8_CAPABILITY,
     TensorRtTarget,
     check_capabilities,
+    check_collectives,
     import_flavor,
     package_of,
 )
 from pageflight.models.config import DecoderConfig
+from pageflight.quant.sharding import input_unit
 from pageflight.quant.store import WEIGHTS_NAME, WeightStore
 
 _DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
@@ -62,6 +65,7 @@ class TensorRtLowering:
             "compute_capabilities": capabilities,
             "activations": self.activations(dtype),
             "machine": platform.machine(),
+            **({"collectives": target.collectives} if target.tensor_parallel > 1 else {}),
         }
 
     def activations(self, dtype: str) -> str:
@@ -80,7 +84,9 @@ class TensorRtLowering:
             raise ConfigError(
                 f"kv_dtype={kv_dtype!r}: supported with engine tensorrt and dtype {dtype!r} are {wanted}, fp8"
             )
-        check_capabilities(import_flavor(self._target.flavor), self._target, dtype)
+        trt = import_flavor(self._target.flavor)
+        check_capabilities(trt, self._target, dtype)
+        check_collectives(trt, self._target)
         older = [each for each in self._target.compute_capabilities if each < FP8_CAPABILITY]
         if kv_dtype == "fp8" and older:
             raise ConfigError(
@@ -93,6 +99,7 @@ class TensorRtLowering:
         config: DecoderConfig,
         *,
         dtype: str,
+        group_size: int,
         max_model_len: int,
         advance: Callable[[int, int], None],
     ) -> str:
@@ -104,11 +111,15 @@ class TensorRtLowering:
             self._target,
             activations=self.activations(dtype),
             num_positions=max_model_len,
+            input_unit=input_unit(dtype, group_size),
             advance=advance,
         )
         size = sum(segment.num_bytes for segment in plan.segments)
         where = "outside" if plan.weights == "input" else "inside"
-        return f"{len(plan.segments)} engines, {size / 1e6:,.1f} MB, weights {where}, {len(plan.profiles)} profiles"
+        ranks = f", {plan.tensor_parallel} ranks with sums {plan.collectives}" if plan.tensor_parallel > 1 else ""
+        return (
+            f"{len(plan.segments)} engines, {size / 1e6:,.1f} MB, weights {where}, {len(plan.profiles)} profiles{ranks}"
+        )
 
     def missing_device(self) -> str:
         """Why engines cannot run here."""
@@ -118,7 +129,7 @@ class TensorRtLowering:
 
     def load(self, engine_dir: Path, *, num_threads: int) -> CompiledModel:
         """Raises ManifestMismatch for a directory that does not fit, ConfigError where its engines cannot run."""
-        engine = open_engine(engine_dir, self.name)
+        engine = open_engine(engine_dir, self.name, EngineManifest.read(engine_dir).tensor_parallel)
         plan = EnginePlan.read(engine_dir)
         if engine.manifest.block_size != self.block_size:
             raise ManifestMismatch(

@@ -1,4 +1,4 @@
-"""TensorRT segments run on a GPU, with attention over our blocks between them.
+"""TensorRT segments run on a GPU, with attention over our blocks between them, and sums over ranks where there are.
 
 Shapes: T packed tokens, L rows of logits, D head_dim.
 
@@ -7,25 +7,31 @@ What carries out a segment is a seam: `TensorRtSegments` on a GPU; in tests, wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from pageflight.core.errors import ConfigError
+from pageflight.core.errors import ConfigError, ManifestMismatch
+from pageflight.lowering.communicator import Communicator
 from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
 from pageflight.lowering.device_model import DeviceModel
 from pageflight.lowering.engine_dir import EngineDir
+from pageflight.lowering.nccl import join_ranks
+from pageflight.lowering.parallel_ops import all_logits, own_ids
 from pageflight.lowering.tensorrt_caches import RuntimeCache, runtime_path
 from pageflight.lowering.tensorrt_engines import TensorRtSegments
 from pageflight.lowering.tensorrt_gpu import find_gpu
 from pageflight.lowering.tensorrt_ops import StoredTensors
-from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, Segment, TensorSpec
+from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, EnginePlan, Profile, TensorSpec
+from pageflight.lowering.tensorrt_ranks import RankTensors
 from pageflight.lowering.tensorrt_target import import_flavor
 from pageflight.models.rope import rope_tables
+
+Result = TypeVar("Result")
 
 TYPES = {
     "fp32": torch.float32,
@@ -52,17 +58,30 @@ class Segments(Protocol):
 
 
 class SegmentModel(DeviceModel):
-    """The plan of an engine directory, step by step."""
+    """The plan of an engine directory, step by step; or one rank's part in it."""
 
-    def __init__(self, engine: EngineDir, plan: EnginePlan, segments: Segments, device: torch.device) -> None:
-        manifest = engine.manifest
-        super().__init__(engine.config, DeviceBlocks(engine.config, manifest.kv_dtype, manifest.block_size, device))
+    def __init__(
+        self,
+        engine: EngineDir,
+        plan: EnginePlan,
+        segments: Segments,
+        device: torch.device,
+        communicator: Communicator | None = None,
+    ) -> None:
+        """`plan`: of this rank, where a `communicator` leads to others."""
+        manifest, config = engine.manifest, engine.config
+        store: StoredTensors = engine.weights
+        self._communicator, self._vocabulary = communicator, slice(0, config.vocab_size)
+        if communicator is not None:
+            split = engine.split(communicator.place.shard)
+            store, config, self._vocabulary = RankTensors(engine.weights, split), split.rank_config, split.vocabulary
+        super().__init__(config, DeviceBlocks(config, manifest.kv_dtype, manifest.block_size, device))
         self._plan, self._engines = plan, segments
+        self._num_for_tokens = 1 + max(index for index, run in enumerate(plan.runs) if run.attention >= 0)
         self._segments = {segment.name: segment for segment in plan.segments}
-        half = engine.config.head_dim // 2
+        half = config.head_dim // 2
         cosines, sines = (
-            torch.from_numpy(table[:, :half].copy()).to(device)
-            for table in rope_tables(engine.config, manifest.max_model_len)
+            torch.from_numpy(table[:, :half].copy()).to(device) for table in rope_tables(config, manifest.max_model_len)
         )
         self._tables = {"rope.cosines": cosines, "rope.sines": sines}
         # q and k come turned already: these leave them as they are, whatever the position.
@@ -70,7 +89,7 @@ class SegmentModel(DeviceModel):
         self._zeros = torch.zeros(1, half, device=device).expand(manifest.max_model_len, half)
         self._weights = [
             {
-                spec.name: load_weight(engine.weights, run.weights[spec.name], spec, device)
+                spec.name: load_weight(store, run.weights[spec.name], spec, device)
                 for spec in self._segments[run.segment].inputs
                 if spec.kind == "weight"
             }
@@ -95,23 +114,33 @@ class SegmentModel(DeviceModel):
         if take is None:
             take = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         buffers = {"ids": inputs.ids_T, "positions": inputs.positions_T, "take": take}
+        if self._plan.tensor_parallel > 1:
+            buffers["ids"], elsewhere = own_ids(inputs.ids_T, self._vocabulary)
+            buffers["here"] = (~elsewhere)[:, None].to(self.activations)
         profile = self._profile(num_tokens, len(take), decodes=inputs.lens_S is not None)
-        for run, weights in zip(self._plan.runs, self._weights, strict=True):
-            if run.attention < 0 and not len(take):
-                return self._empty_logits(self._segments[run.segment])
+        for index, (run, weights) in enumerate(zip(self._plan.runs, self._weights, strict=True)):
+            if index == self._num_for_tokens and not len(take):
+                return torch.empty(0, self.config.vocab_size, device=self.device)
             segment = self._segments[run.segment]
             given = {spec.name: self._given(spec, run.buffers, weights, buffers) for spec in segment.inputs}
             made = {spec.name: self._made(spec, num_tokens, len(take)) for spec in segment.outputs}
             self._engines.run(run.segment, profile, given, made)
             buffers.update((run.buffers[name], tensor) for name, tensor in made.items())
+            if run.summed and self._communicator is not None:
+                buffers[run.summed] = self._communicator.all_reduce(buffers[run.summed])
             if run.attention >= 0:
                 qkv = torch.cat([buffers.pop(name) for name in ("q", "k", "v")], 1)
                 buffers["attended"] = self.blocks.attend(run.attention, qkv, self._ones, self._zeros, inputs)
-        return buffers["logits"]
+        logits = buffers["logits"]
+        return logits if self._communicator is None else all_logits(self._communicator, logits, self.config.vocab_size)
 
     @torch.inference_mode()
     def try_out(self) -> None:
-        """A chunk and a decode step of one token that nobody has, before blocks are allocated: raises what refuses."""
+        """A chunk and a decode step of one token that nobody has, before blocks are allocated: raises what refuses.
+
+        Another rank may be refused and never come to a sum: those between engines are left out.
+        """
+        communicator, self._communicator = self._communicator, None
         self.pass_bytes(1, 1)
         one = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.blocks.allocate(1)
@@ -119,6 +148,7 @@ class SegmentModel(DeviceModel):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.blocks.free()
+        self._communicator = communicator
 
     def warmed_up(self) -> None:
         self._engines.save()
@@ -141,9 +171,6 @@ class SegmentModel(DeviceModel):
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         return torch.empty(shape, dtype=TYPES[spec.dtype], device=self.device)
 
-    def _empty_logits(self, segment: Segment) -> Tensor:
-        return self._made(segment.outputs[0], 0, 0)
-
     def _profile(self, num_tokens: int, num_rows: int, *, decodes: bool) -> int:
         """The first that takes a decode step. Steps with chunks run the last: they have any size, and the flavor that
         compiles does so for every size of the others."""
@@ -159,28 +186,51 @@ class SegmentModel(DeviceModel):
 
 
 def load_segments(
-    engine: EngineDir, folder: Path, device: torch.device, segments: Segments | None = None
+    engine: EngineDir,
+    folder: Path,
+    device: torch.device,
+    segments: Segments | None = None,
+    communicator: Communicator | None = None,
 ) -> SegmentModel:
-    """An engine directory onto a GPU; `segments` carries out its engines, by default TensorRT.
+    """An engine directory onto a GPU, or a rank's part of it; `segments` carries out its engines, by default TensorRT.
 
-    Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them.
+    Raises ConfigError where its TensorRT is not here, does not take the card, or loads the engines and cannot run them:
+    on all ranks where it is so on one.
     """
     plan = EnginePlan.read(folder)
-    with _refusals(folder, plan):
-        segments = segments or _engines(engine, folder, plan, device)
-    model = SegmentModel(engine, plan, segments, device)
-    with _refusals(folder, plan):
-        model.try_out()
+    size = 1 if communicator is None else communicator.place.tensor_parallel
+    if plan.tensor_parallel != size:
+        raise ManifestMismatch(f"{folder}: its segments are those of {plan.tensor_parallel} ranks, not of {size}")
+    if communicator is not None:
+        plan = plan.of_rank(communicator.place.shard.rank)
+
+    agreed = partial(_agreed, folder, plan, communicator)
+    if segments is None:
+        segments = engines = agreed(partial(_engines, engine, folder, plan, device))
+        if communicator is not None and plan.collectives == "inside":
+            # Both wait for all ranks: whatever can be refused by one alone is tried before.
+            agreed(engines.try_contexts)
+            engines.join(agreed(partial(join_ranks, communicator, device)))
+    model = SegmentModel(engine, plan, segments, device, communicator)
+    agreed(model.try_out)
     return model
 
 
-@contextmanager
-def _refusals(folder: Path, plan: EnginePlan) -> Iterator[None]:
-    """What the bindings raise, which is not documented, as a ConfigError."""
+def _agreed(folder: Path, plan: EnginePlan, communicator: Communicator | None, attempt: Callable[[], Result]) -> Result:
+    """What the attempt gives, once all ranks have made theirs. What the bindings raise, which is not documented, is a
+    ConfigError; it is one too where another rank had it."""
+    refusal = None
     try:
-        yield
+        result = attempt()
+    except ConfigError as error:
+        refusal = str(error)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}") from None
+        refusal = f"{folder}: {plan.flavor} TensorRT cannot run it here: {error}"
+    if communicator is not None and not communicator.least(int(refusal is None)):
+        refusal = refusal or f"{folder}: {plan.flavor} TensorRT cannot run it on another rank"
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return result
 
 
 def _engines(engine: EngineDir, folder: Path, plan: EnginePlan, device: torch.device) -> TensorRtSegments:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pageflight.lowering.tensorrt_plan import TOKENS, Dimension, TensorSpec
+from pageflight.lowering.tensorrt_plan import Dimension, TensorSpec
 
 Tensor = Any  # ITensor: the packages bring no type hints
 _DATA_TYPES = {
@@ -126,11 +126,18 @@ class Network:
             layer.axis = 0
         return layer.get_output(0)
 
-    def spec(self, tensor: Tensor, name: str, dtype: str) -> TensorSpec:
-        """The description of an activation [T, features] as it crosses a border."""
+    def all_reduce(self, x: Tensor, num_ranks: int) -> Tensor:
+        """The sum of every rank's x."""
+        operation, how = self.trt.CollectiveOperation.ALL_REDUCE, self.trt.ReduceOperation.SUM
+        layer = _made(self.definition.add_dist_collective(x, operation, how, -1, []), "collective")
+        layer.num_ranks = num_ranks
+        return layer.get_output(0)
+
+    def spec(self, tensor: Tensor, name: str, dtype: str, rows: str) -> TensorSpec:
+        """The description of an activation [rows, features] as it crosses a border."""
         shape: list[Dimension] = [int(extent) for extent in tensor.shape]
         assert shape[0] == -1 and -1 not in shape[1:], (name, shape)
-        return TensorSpec(name=name, kind="activation", dtype=dtype, shape=(TOKENS, *shape[1:]))
+        return TensorSpec(name=name, kind="activation", dtype=dtype, shape=(rows, *shape[1:]))
 
     def _data_type(self, dtype: str) -> Any:
         return getattr(self.trt, _DATA_TYPES[dtype])

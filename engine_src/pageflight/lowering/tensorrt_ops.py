@@ -1,7 +1,8 @@
 """The decoder's operations as layers of TensorRT networks, cut in segments where attention stands.
 
 The definition is written as one program; `paged_attention` ends a network and begins the next. A value that is used
-behind the cut becomes an output of the network that made it and an input of the one that uses it.
+behind the cut becomes an output of the network that made it and an input of the one that uses it. Sums over ranks are
+other cuts of the same kind, or layers.
 
 Shapes: T packed tokens, L rows of logits, N outputs, K inputs, D head_dim; activations are [T, features].
 """
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 
 from pageflight.lowering.tensorrt_network import Network, Tensor
 from pageflight.lowering.tensorrt_plan import ROWS, TOKENS, TensorSpec
+from pageflight.lowering.tensorrt_ranks import Joint
 from pageflight.models.config import DecoderConfig
 from pageflight.models.rope import rope_tables
+from pageflight.models.weights import HEAD
 from pageflight.quant.float8 import E4M3_LIMIT, SMALLEST_PEAK
 from pageflight.quant.forms import WeightForm, input_scale_name, scale_name
 
 _STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "I8": "int8", "I4": "int4"}
 _STEP_INPUTS = {"ids": TOKENS, "positions": TOKENS, "take": ROWS}
+_RESIDUAL = "residual"
 
 
 class StoredTensors(Protocol):
@@ -34,26 +38,30 @@ class StoredTensors(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Cut:
-    """One network on the way to be a segment; `tensors` are its inputs by name."""
+    """One network on the way to be a segment, behind `num_attentions`; `tensors` are its inputs by name."""
 
     network: Network
+    num_attentions: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A tensor of one segment. `name` where it has one of its own: inputs of the step, and rows of rotary tables."""
+    """A tensor of one segment, of packed tokens or of the rows that sample. `name` where it has one of its own: inputs
+    of the step, and rows of rotary tables."""
 
     cut: Cut | None
     tensor: Tensor
     name: str = ""
+    rows: str = TOKENS
 
 
 class TensorRtOps:
     """Builds the networks of a decoder; `finish(logits)` closes the last one.
 
     Weights are network inputs, unless `constants` has them. Those of layer n are called `this.` behind attention n and
-    `next.` before it, so that all networks between two attentions are the same one.
+    `next.` before it, so that all networks between two attentions are the same one. `joint`: how one of several ranks,
+    whose decoder `config` and `forms` are, meets the others; its logits are of its rows of the vocabulary.
     """
 
     def __init__(
@@ -66,15 +74,17 @@ class TensorRtOps:
         activations: str,
         num_positions: int,
         constants: StoredTensors | None = None,
+        joint: Joint | None = None,
     ) -> None:
         self._trt, self._builder, self._config, self._forms = trt, builder, config, forms
         self._activations, self._num_positions, self._constants = activations, num_positions, constants
+        self._joint, self._rows = joint, TOKENS
         self.cuts = [Cut(Network(trt, builder))]
 
     def finish(self, logits: Value) -> list[Network]:
-        """All networks in the order they run; logits are float32 [L, V]."""
+        """All networks in the order they run; logits are float32 [L, V], or a rank's columns of them."""
         network = self._network
-        shape = (ROWS, self._config.vocab_size)
+        shape = (ROWS, self._forms[HEAD].shape[0])
         spec = TensorSpec(name="logits", kind="activation", dtype="fp32", shape=shape)
         network.output(network.cast(self._here(logits), "fp32"), spec)
         return [cut.network for cut in self.cuts]
@@ -88,10 +98,17 @@ class TensorRtOps:
 
     def embed(self, ids: Value, weight: str) -> Value:
         table = self._weight(weight, self._forms[weight].dtype, self._forms[weight].shape)
-        return self._value(self._network.cast(self._network.gather(table, self._here(ids)), self._activations))
+        rows = self._network.cast(self._network.gather(table, self._here(ids)), self._activations)
+        if self._joint is None:
+            return self._value(rows)
+        here = self._input("here", "step", self._activations, (TOKENS, 1))
+        return self._summed(self._network.elementwise("PROD", rows, here), _RESIDUAL)
 
     def take(self, x: Value, rows: Value) -> Value:
-        return self._value(self._network.gather(self._here(x), self._here(rows)))
+        """The first that is taken is of the last layer: what comes after it is for those rows only."""
+        tensor = self._network.gather(self._here(x), self._here(rows))
+        self._rows = ROWS
+        return self._value(tensor)
 
     def rope_rows(self, positions: Value) -> tuple[Value, Value]:
         """Cosines and sines [T, D / 2] of the packed tokens."""
@@ -119,11 +136,13 @@ class TensorRtOps:
         return self._value(network.cast(normed, self._activations))
 
     def linear(self, x: Value, weight: str, bias: str | None = None) -> Value:
-        y = self._product(self._here(x), weight)
-        if bias is not None:
-            network = self._network
-            y = network.elementwise("SUM", y, network.cast(self._vector(bias), self._activations))
-        return self._value(y)
+        y = self._value(self._product(self._here(x), weight))
+        if self._joint is not None and weight in self._joint.sums:
+            y = self._summed(y.tensor, "sum")
+        if bias is None:
+            return y
+        network = self._network
+        return self._value(network.elementwise("SUM", y.tensor, network.cast(self._vector(bias), self._activations)))
 
     def split(self, x: Value, sizes: Sequence[int]) -> Sequence[Value]:
         tensor, begins = self._here(x), np.cumsum([0, *sizes[:-1]]).tolist()
@@ -140,10 +159,10 @@ class TensorRtOps:
 
     def paged_attention(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         """The end of a segment. What comes back is an input of the next one."""
-        assert layer == len(self.cuts) - 1, "layers come in order"
+        assert layer == self.cuts[-1].num_attentions, "layers come in order"
         for name, value in (("q", q), ("k", k), ("v", v)):
             self._output(value, name)
-        self.cuts.append(Cut(Network(self._trt, self._builder)))
+        self._begin(layer + 1)
         return self._value(self._input("attended", "activation", self._activations, (TOKENS, self._config.q_size)))
 
     def gated_linear(self, x: Value, weight: str, bias: str | None = None) -> Value:
@@ -162,7 +181,21 @@ class TensorRtOps:
         return self.cuts[-1].network
 
     def _value(self, tensor: Tensor) -> Value:
-        return Value(self.cuts[-1], tensor)
+        return Value(self.cuts[-1], tensor, rows=self._rows)
+
+    def _begin(self, num_attentions: int) -> None:
+        """The next network."""
+        self.cuts.append(Cut(Network(self._trt, self._builder), num_attentions))
+
+    def _summed(self, part: Tensor, name: str) -> Value:
+        """The sum of all ranks' `part`: a layer, or an input called `name` of the next network."""
+        assert self._joint is not None
+        if self._joint.inside:
+            return self._value(self._network.all_reduce(part, self._joint.size))
+        self._output(self._value(part), "part")
+        self._begin(self.cuts[-1].num_attentions)
+        tensor = self._input(name, "activation", self._activations, (self._rows, int(part.shape[1])))
+        return Value(self.cuts[-1], tensor, name if name == _RESIDUAL else "", self._rows)
 
     def _here(self, value: Value) -> Tensor:
         """The tensor of `value` in the network that is being built."""
@@ -170,21 +203,22 @@ class TensorRtOps:
             return value.tensor
         if value.cut is None:
             return self._input(value.name, "step", "int32", (_STEP_INPUTS[value.name],))
-        if not value.name:
-            assert value.cut is self.cuts[-2], "an activation is carried over one attention, not further"
-        name = value.name or "residual"
+        name = value.name or _RESIDUAL
+        if name == _RESIDUAL:
+            num_crossed = self.cuts[-1].num_attentions - value.cut.num_attentions
+            assert num_crossed <= 1, "an activation is carried over one attention, not further"
         known = self.cuts[-1].tensors.get(name)
         if known is None:
             made = value.name or "next_residual"
-            if made not in (spec.name for spec in value.cut.network.outputs):
+            if made != _RESIDUAL and made not in (spec.name for spec in value.cut.network.outputs):
                 self._output(value, made)
-            known = self._input(name, "activation", self._activations, (TOKENS, int(value.tensor.shape[1])))
+            known = self._input(name, "activation", self._activations, (value.rows, int(value.tensor.shape[1])))
         return known
 
     def _output(self, value: Value, name: str) -> None:
         assert value.cut is not None
         network = value.cut.network
-        network.output(value.tensor, network.spec(value.tensor, name, self._activations))
+        network.output(value.tensor, network.spec(value.tensor, name, self._activations, value.rows))
 
     def _input(self, name: str, kind: str, dtype: str, shape: tuple[int | str, ...]) -> Tensor:
         tensors = self.cuts[-1].tensors
@@ -197,7 +231,7 @@ class TensorRtOps:
     def _weight(self, name: str, stored: str, shape: tuple[int, ...]) -> Tensor:
         """A stored tensor as it is: an input, or a constant."""
         if self._constants is None:
-            return self._input(relative_name(name, len(self.cuts) - 1), "weight", _STORED[stored], shape)
+            return self._input(relative_name(name, self.cuts[-1].num_attentions), "weight", _STORED[stored], shape)
         tensors = self.cuts[-1].tensors
         if name not in tensors:
             array = self._constants.tensor(name)

@@ -7,13 +7,17 @@ Standard library only: the program that runs the engines reads this, whatever it
 Attention runs between segments, over blocks that are not TensorRT's: it takes `q`, `k` and `v` of the segment before,
 already rotated and not yet divided by √D, writes k and v into the blocks and gives `attended` to the segment after.
 
+One of several ranks has sums over all of them as well, which by default cut segments too (A: attention, Σ: a sum):
+
+    embed ─Σ─► first ─A─► output ─Σ─► mlp ─Σ─► mid ─A─► … ─A─► last_output ─Σ─► last_mlp ─Σ─► last ─► its logits
+
 Shapes: T packed tokens of a step, L rows that sample, D head_dim. A tensor's shape names them where they stand.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +37,9 @@ class TensorSpec:
     `dtype`: fp32, fp16, bf16, fp8, int8, int4 (two per byte, the even column in the low half) or int32. `kind`: `step`,
     set for every step; `activation`, from one segment to the next or from and to attention; `weight`, set once;
     `table`, set once: `rope.cosines` and `rope.sines` are the first D / 2 columns of `models.rope.rope_tables`.
+
+    Of several ranks: `ids` count from the first row of the embedding that a rank has; those that others have are 0, and
+    so is then `here`, which is 1 for its own.
     """
 
     name: str
@@ -57,13 +64,14 @@ class Profile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One engine file."""
+    """One engine file. `ranks`: those of several whose part of the weights it takes; none: all."""
 
     name: str
     file: str
     num_bytes: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +80,24 @@ class Run:
 
     `weights` gives the tensor of model.safetensors for each input of that kind; `buffers` the buffer for each step
     input, and for each activation that comes in or goes out: equal names are the same memory. `attention` is the layer
-    whose attention comes next, from buffers q, k and v to buffer attended; -1 after the last segment, which steps
-    without rows that sample leave out.
+    whose attention comes next, from buffers q, k and v to buffer attended; -1 where none does. What follows the last
+    attention is for rows that sample: steps without any leave it out. `summed` is the buffer that then holds the sum of
+    all ranks' before the next run; empty where that is nobody's concern.
     """
 
     segment: str
     attention: int
     weights: dict[str, str]
     buffers: dict[str, str]
+    summed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """`segments.json`."""
+    """`segments.json`. With several ranks (`tensor_parallel`) weights are a rank's parts of the tensors that are named,
+    segments of one name are alike but for sizes, and each rank has one of them. `collectives`: sums over ranks are
+    `between` the engines, or layers `inside` them.
+    """
 
     format_version: int = FORMAT_VERSION
     flavor: str  # rtx | full
@@ -94,6 +107,12 @@ class EnginePlan:
     profiles: tuple[Profile, ...]
     segments: tuple[Segment, ...]
     runs: tuple[Run, ...]
+    tensor_parallel: int = 1
+    collectives: str = "between"
+
+    def of_rank(self, rank: int) -> EnginePlan:
+        """With the segments of one rank only."""
+        return replace(self, segments=tuple(item for item in self.segments if not item.ranks or rank in item.ranks))
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1)
@@ -147,7 +166,7 @@ def _segment(data: dict[str, Any]) -> Segment:
         side: tuple(_record(TensorSpec, {**item, "shape": tuple(item["shape"])}) for item in data[side])
         for side in ("inputs", "outputs")
     }
-    return _record(Segment, {**data, **specs})
+    return _record(Segment, {**data, **specs, "ranks": tuple(data.get("ranks", ()))})
 
 
 def _record(cls: type[Record], data: dict[str, Any]) -> Record:

@@ -10,6 +10,7 @@ from pageflight.core.errors import ConfigError
 
 FLAVORS = ("rtx", "full")
 WEIGHTS = ("input", "constant")
+COLLECTIVES = ("between", "inside")
 _PACKAGES = {"rtx": "tensorrt_rtx", "full": "tensorrt"}
 _SOURCES = {
     "rtx": "install pageflight[tensorrt]",
@@ -19,13 +20,16 @@ _SOURCES = {
 _LEAST_CAPABILITY = {"fp16": 75, "fp32": 80, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
 """By dtype of the weights, with the activations it has: the RTX builder refuses older GPUs."""
 FP8_CAPABILITY = 89
+COLLECTIVE_CAPABILITY = 80
+"""Layers that sum over ranks: NVIDIA's documentation says so; RTX builds them for 7.5 too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRtTarget:
     """A flavor of TensorRT, the GPUs to build for (89 is compute capability 8.9; none: all that it can), and whether
     weights are inputs of the engines or constants in them. Steps have up to `max_num_seqs` rows that sample and
-    `max_num_tokens` tokens.
+    `max_num_tokens` tokens. Engines are those of `tensor_parallel` ranks, whose sums (`collectives`) are `between`
+    engines, or layers `inside` them.
     """
 
     flavor: str = "rtx"
@@ -33,6 +37,8 @@ class TensorRtTarget:
     weights: str = "input"
     max_num_seqs: int = 256
     max_num_tokens: int = 256
+    tensor_parallel: int = 1
+    collectives: str = "between"
 
 
 def package_of(flavor: str) -> str:
@@ -70,6 +76,24 @@ def check_capabilities(trt: Any, target: TensorRtTarget, dtype: str) -> None:
     older = [capability for capability in chosen if capability < least]
     if older:
         raise ConfigError(f"compute_capability={_listed(older)}: dtype {dtype} needs {least} or later")
+
+
+def check_collectives(trt: Any, target: TensorRtTarget) -> None:
+    """Raises ConfigError where sums over ranks cannot be layers."""
+    if target.collectives != "inside":
+        return
+    if target.tensor_parallel == 1:
+        raise ConfigError("collectives='inside': there is nothing to sum with tensor_parallel=1")
+    if not hasattr(trt.INetworkDefinition, "add_dist_collective"):
+        raise ConfigError(
+            f"collectives='inside': {package_of(target.flavor)} {trt.__version__} has no add_dist_collective;"
+            " sums can be between its engines: --collectives between"
+        )
+    older = [capability for capability in target.compute_capabilities if capability < COLLECTIVE_CAPABILITY]
+    if older:
+        raise ConfigError(
+            f"compute_capability={_listed(older)}: collectives inside engines need {COLLECTIVE_CAPABILITY} or later"
+        )
 
 
 def known_capabilities(trt: Any) -> tuple[int, ...]:

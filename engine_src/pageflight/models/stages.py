@@ -64,10 +64,15 @@ def check_stages(config: DecoderConfig, num_stages: int) -> None:
 
 
 def check_engine(lowering: str, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raises ConfigError, by its name, for a lowering that has no ranks."""
-    for name, size in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
-        if size > 1 and lowering != "torch":
-            raise ConfigError(f"{name}={size}: only engine torch runs on several ranks, not {lowering}")
+    """Raises ConfigError, by its name, for a lowering that has no ranks, or no stages."""
+    if tensor_parallel > 1 and lowering not in ("torch", "tensorrt"):
+        raise ConfigError(
+            f"tensor_parallel={tensor_parallel}: engine {lowering} has no ranks: it has all cores as it is, and sums"
+            " between processes take longer than they save. Give each socket an instance, such as --instances"
+            ' "cpu:0-15; cpu:16-31", or use engine torch'
+        )
+    if pipeline_parallel > 1 and lowering != "torch":
+        raise ConfigError(f"pipeline_parallel={pipeline_parallel}: only engine torch runs in stages, not {lowering}")
 
 
 def check_nodes(config: EngineConfig) -> None:

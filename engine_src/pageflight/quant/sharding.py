@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from math import lcm
+from math import gcd, lcm
 
-from pageflight.models.sharding import Split
+from pageflight.models.sharding import Cut, Split
+from pageflight.quant.forms import WeightForm
 from pageflight.quant.store import WeightStore
 from pageflight.quant.weight import Weight
 
@@ -28,6 +29,22 @@ class ShardStore:
 
     def stored_name(self, name: str) -> str:
         return self._store.stored_name(name)
+
+
+def cut_form(form: WeightForm, cut: Cut) -> WeightForm:
+    """The form of a part, without reading any of it."""
+    num_rows, *inputs = form.shape
+    scales = form.scales
+    if cut.rows:
+        whole, num_rows = num_rows, sum(part.stop - part.start for part in cut.rows)
+        if scales is not None and scales[0] == whole:  # a scale per tensor holds for its parts
+            scales = (num_rows, scales[1])
+    if cut.columns is not None:
+        begin, end = cut.columns.start, cut.columns.stop
+        if scales is not None and scales[1] > 1:
+            scales = (scales[0], (end - begin) // gcd(inputs[0] // scales[1], begin, end))
+        inputs = [end - begin]
+    return WeightForm(form.dtype, (num_rows, *inputs), scales, form.input_scale)
 
 
 def input_unit(dtype: str, group_size: int) -> int:

@@ -52,8 +52,8 @@ def load_on_gpu(
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
     which is measured; what others have of the GPU is not counted, as long as there is enough beside it.
     `num_instances` that may use the same GPU have that part of its memory in equal shares. With a `communicator` this
-    is one rank's part of an engine of the torch lowering, on its own GPU: sizes of the cache are shared by the ranks,
-    and all have as many blocks as the one with the fewest. Raises
+    is one rank's part of an engine, on its own GPU: sizes of the cache are shared by the ranks, and all have as many
+    blocks as the one with the fewest. Where one rank cannot run TensorRT engines, none does. Raises
     ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
@@ -130,23 +130,20 @@ def _share(kv: KVConfig, num_ranks: int) -> KVConfig:
 
 def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:
     """An engine's model and the longest sequence it is for. The first of several ranks verifies for all."""
-    if communicator is not None and communicator.place.rank:
-        part = TorchLowering().opened(engine_dir)
-        return KernelModel.load(part, device, communicator=communicator), part.manifest.max_model_len
-    if EngineManifest.read(engine_dir).lowering == "torch":
-        engine, verification = TorchLowering().open(engine_dir)
-        model: DeviceModel = KernelModel.load(engine, device, communicator=communicator)
-    else:
-        engine = open_engine(engine_dir, "tensorrt")
-        verification = Verification(engine)
-        segments = None
+    is_torch = EngineManifest.read(engine_dir).lowering == "torch"
+    size = 1 if communicator is None else communicator.place.tensor_parallel
+    engine = TorchLowering().opened(engine_dir) if is_torch else open_engine(engine_dir, "tensorrt", size)
+    verification = Verification(engine) if communicator is None or communicator.place.rank == 0 else None
+    segments = None
+    if not is_torch:
         try:
-            segments = load_segments(engine, engine_dir, device)
+            segments = load_segments(engine, engine_dir, device, communicator=communicator)
         except ConfigError as error:
             log.warning("%s; it runs on kernels of our own instead", error)
-        # Not while the exception is alive: it holds weights that are on the device already.
-        model = segments or KernelModel.load(engine, device)
-    verification.finish()
+    # Not while the exception is alive: it holds weights that are on the device already.
+    model = segments or KernelModel.load(engine, device, communicator=communicator)
+    if verification is not None:
+        verification.finish()
     return model, engine.manifest.max_model_len
 
 

@@ -20,6 +20,7 @@ from pageflight.core.errors import ConfigError, RankLost
 from pageflight.core.manifest import EngineManifest, manifest_digest
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
+from pageflight.lowering import registry
 from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
@@ -124,9 +125,15 @@ def load_parallel(
     RankLost when a rank dies meanwhile, RanksMissing when others have not started theirs in time.
     """
     tensor_parallel, pipeline_parallel = config.tensor_parallel, config.pipeline_parallel
+    name = EngineManifest.read(engine_dir).lowering
     check_nodes(config)
-    check_engine(EngineManifest.read(engine_dir).lowering, tensor_parallel, pipeline_parallel)
-    engine = TorchLowering().opened(engine_dir)
+    check_engine(name, tensor_parallel, pipeline_parallel)
+    if name == "tensorrt":
+        engine = open_engine(engine_dir, name, tensor_parallel)
+        if not torch.cuda.is_available():
+            registry.get(name).load(engine_dir, num_threads=num_threads)  # says what is missing
+    else:
+        engine = TorchLowering().opened(engine_dir)
     engine.split(Shard(rank=0, size=tensor_parallel))  # refuses what does not work before a process is started
     stages = engine.stages(pipeline_parallel)
     if len(stages) > 1:
@@ -178,7 +185,8 @@ def _explained(ranks: RankProcesses) -> Iterator[None]:
 def join(spec: RankSpec, device_index: int, *, verifies: bool = False) -> tuple[Runner, GroupCommunicator]:
     """In the process of another rank, on the GPU of its machine that `device_index` names where there are any: meet the
     others and load this rank's part. `verifies` the files of an engine that the first rank does not read."""
-    engine = open_engine(Path(spec.engine_dir), EngineManifest.read(Path(spec.engine_dir)).lowering)
+    manifest = EngineManifest.read(Path(spec.engine_dir))
+    engine = open_engine(Path(spec.engine_dir), manifest.lowering, manifest.tensor_parallel)
     verification = Verification(engine) if verifies else None
     device = _device(spec.place, device_index)
     communicator = GroupCommunicator(spec.place, reach_store(spec.host, spec.port), device, spec.host)
