@@ -1,0 +1,169 @@
+"""DeviceStageRunner: one stage of a model on a GPU; micro-batches come from the stage before and go to the next one.
+
+Shapes: T packed tokens of a micro-batch, H hidden, L rows of it that sample.
+
+Why no rank waits for ever. A stage computes micro-batches in their order on one stream. What it hands on, and what the
+last stage announces, are sent without waiting, by two groups of ranks, each of which keeps the order of its messages.
+So micro-batch m of a stage waits for m of the stage before, for ids of micro-batches before m, and for nothing that
+comes after m anywhere: the first one that has not passed all stages can always go on. On the host nobody waits where
+NCCL carries messages, for it puts them on streams; with gloo, where the host waits for a message, the same order holds
+for its calls. Only receivers wait: gloo reads what is sent on a thread of its own, and a send of NCCL waits on a stream
+that nothing else waits for but later messages of its group. Ids are heard on a stream of their own for that reason: on
+that of the passes they would have been behind the next micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pageflight.core.plan import StepPlan, StepResult
+from pageflight.kernels.step_inputs import scatter
+from pageflight.lowering.communicator import Communicator
+from pageflight.lowering.device_model import DeviceModel
+from pageflight.runners.device import MAX_IN_FLIGHT, DeviceRunner, Flight, is_decode
+from pageflight.runners.device_wishes import copied
+from pageflight.runners.micro_batches import MicroBatch, micro_batches
+from pageflight.runners.token_order import TokenOrder
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """A micro-batch that this stage has computed; its results come from the last one."""
+
+    number: int
+    flight: Flight
+    batch: MicroBatch
+
+
+class DeviceStageRunner(DeviceRunner):
+    """Runs its stage's layers of every plan. All stages get the same plans.
+
+    A step is cut into `num_micro_batches`, as many as there are stages, so that no stage waits while another computes.
+    Two steps may be in flight: a micro-batch of the second waits for the ids of its own rows only. The last stage
+    samples and tells the others; ids become tokens of their rows on each device, without the host. Passes are captured
+    as they are on one GPU: what stages send each other is outside of graphs.
+    """
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        communicator: Communicator,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_model_len: int,
+        num_host_blocks: int = 0,
+        num_micro_batches: int,
+        uses_graphs: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            max_model_len=max_model_len,
+            uses_graphs=uses_graphs,
+            is_alone=False,
+            num_passes=MAX_IN_FLIGHT * num_micro_batches,
+        )
+        self._line, self._num_micro_batches = communicator, num_micro_batches
+        self._order = TokenOrder(max_num_seqs)
+        self._sent: deque[_Sent] = deque()  # whose results are not here
+        self._num_heard = 0
+        self._hearing: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._hearing = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest submitted plan to have passed the last stage, and return its ids."""
+        assert self._in_flight, "submit() comes before collect()"
+        while self._sent and self._sent[0].flight is self._in_flight[0]:
+            self._hear(self._sent.popleft())
+        return super().collect()
+
+    def _submit(self, plan: StepPlan) -> None:
+        self._change(plan)
+        self._order.change(plan)
+        flight = Flight(plan, self._wishes.log_probs_of(plan.rows[plan.samples]))
+        if not plan.rows.size:
+            self._rows.flush()
+        for batch in micro_batches(plan, self._num_micro_batches, self.limits.block_size):
+            self._within_memory(partial(self._run, flight, batch))
+        self._in_flight.append(flight)
+
+    def _run(self, flight: Flight, batch: MicroBatch) -> None:
+        plan = batch.plan
+        self._await_ids(plan.rows)
+        begin = self._staged(plan)
+        if self._hidden is not None:
+            self._line.take_over(self._hidden[: plan.num_tokens])  # once the pass before has read what is there
+        if not self._model.stage.is_last:
+            out = begin()[: plan.num_tokens]
+            # What a graph has written is written over by its next run, which does not wait for who receives.
+            self._line.pass_on(out.clone() if is_decode(plan) else out)
+            self._sent.append(_Sent(self._order.computed(batch), flight, batch))
+            return
+        results = self._fetched(begin, batch.lines)
+        if batch.lines.size:
+            self._line.announce(results.kept)
+        flight.results.append(results)
+
+    def _await_ids(self, rows: Int32Array) -> None:
+        """Until the tokens of `rows` are here; those of others that come before them become theirs, too."""
+        wanted = self._order.wanted(rows)
+        while self._num_heard < wanted:
+            self._hear(self._sent.popleft())
+
+    def _hear(self, sent: _Sent) -> None:
+        """Ids of a micro-batch, which become tokens of their rows and go to the host; what follows waits for them on
+        the device."""
+        self._num_heard = sent.number
+        if not sent.batch.lines.size:
+            return
+        with torch.cuda.stream(self._hearing):
+            kept, on_host = self._room(sent.batch.lines.size)
+            self._line.hear(kept)
+            sent.flight.results.append(self._sent_home(sent.batch.lines, kept, on_host))
+        if self._steps is not None and self._hearing is not None:
+            self._steps.wait_stream(self._hearing)
+            kept.record_stream(self._steps)
+        with torch.cuda.stream(self._steps):
+            self._append(sent, kept[0])
+
+    def _append(self, sent: _Sent, ids_L: Tensor) -> None:
+        """`ids_L` become the next tokens of their rows, where nobody else has begun in the row since."""
+        plan, stride = sent.batch.plan, self._rows.stride_tokens
+        rows_L, places_L = plan.rows[plan.samples], (plan.starts_at + plan.lengths)[plan.samples]
+        is_kept_L = self._order.is_theirs(sent.number, rows_L) & (places_L < stride)
+        if not is_kept_L.all():
+            ids_L = ids_L.index_select(0, copied(np.flatnonzero(is_kept_L).astype(np.int32), self._device))
+        words = (rows_L.astype(np.int64) * stride + places_L)[is_kept_L]
+        scatter(self._rows.state, copied(words.astype(np.int32), self._device), ids_L)
+
+
+def open_lines(line: Communicator, device: torch.device) -> None:
+    """The first message between stages, before memory is measured: NCCL makes its connections with it, which takes
+    memory, and the host of either side waits for the other."""
+    place = line.place
+    word = torch.zeros(1, dtype=torch.int32, device=device)
+    is_last = place.stage == place.pipeline_parallel - 1
+    if place.stage:
+        line.take_over(word)
+    if is_last:
+        line.announce(word)
+    else:
+        line.pass_on(word.clone())
+        line.hear(word)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
