@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
-from pageflight.core.placement import num_ranks
+from pageflight.core.placement import Ranks, ranks_of
 from pageflight.lowering.base import AheadOfTime, Lowering
 from pageflight.models.config import DecoderConfig
 from pageflight.quant.convert import convert
@@ -88,7 +88,7 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             found = repository.engine_kept(target, record, wanted, engine.inputs, lowerings[folder])
             if found is not None and not options.force:
                 kept[folder] = found
-                _check_kept(EngineManifest.read(found), engine.ranks, options.serving.pipeline_parallel)
+                _check_kept(EngineManifest.read(found), engine.ranks)
         if len(kept) == len(distinct) and repository.unchanged(record, wanted):
             first = kept[FIRST_FOLDER]
             return BuildResult(
@@ -128,13 +128,13 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedEngine:
     """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, and
-    how many ranks those have who share it."""
+    which ranks those have who share it."""
 
     options: EngineOptions
     inputs: str
     folder: str
     title: str
-    ranks: frozenset[int]
+    ranks: frozenset[Ranks]
 
 
 def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
@@ -142,17 +142,12 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
     instances = parse_instances(options.serving.instances)
     if all(instance.devices.kind == "any" for instance in instances):
         instances = instances[:1]
-    on_gpus = [str(instance.devices) for instance in instances if instance.devices.kind == "gpu"]
-    if on_gpus and options.serving.pipeline_parallel > 1:
-        raise ConfigError(
-            f"pipeline_parallel={options.serving.pipeline_parallel}: stages run on processors only so far, not on"
-            f" {on_gpus[0]}"
-        )
     wanted = [instance.engine_options(options.engine) for instance in instances]
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[str, set[Ranks]] = {}
+    default = Ranks(options.serving.tensor_parallel, options.serving.pipeline_parallel)
     for instance, engine in zip(instances, wanted, strict=True):
-        size = num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel)
-        ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(size)
+        found = ranks_of(instance.devices, instance.tensor_parallel, instance.pipeline_parallel, default)
+        ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(found)
     return tuple(
         WantedEngine(
             options=engine,
@@ -166,9 +161,9 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
 
 
 class _Engine:
-    """The stages that make an engine directory at `folder`. `ranks`: how many its instances have."""
+    """The stages that make an engine directory at `folder`. `ranks`: those of its instances."""
 
-    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[int]) -> None:
+    def __init__(self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[Ranks]) -> None:
         self._build, self._ranks = options, ranks
         self._lowering = lowering
         self._folder = folder
@@ -189,10 +184,9 @@ class _Engine:
         self._options = resolve_engine_options(self._build.engine, config, self._lowering)
         options = self._options
         assert options.dtype is not None
-        for size in self._ranks:
+        for ranks in self._ranks:
             check_ranks(
-                size,
-                self._build.serving.pipeline_parallel,
+                *ranks,
                 config,
                 engine=options.engine,
                 dtype=options.dtype,
@@ -263,13 +257,12 @@ class _Engine:
         return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
 
 
-def _check_kept(manifest: EngineManifest, ranks: Iterable[int], pipeline_parallel: int) -> None:
+def _check_kept(manifest: EngineManifest, ranks: Iterable[Ranks]) -> None:
     """Raises ConfigError for settings that an engine built for others does not have."""
     config = DecoderConfig.from_json(manifest.model)
-    for size in ranks:
+    for each in ranks:
         check_ranks(
-            size,
-            pipeline_parallel,
+            *each,
             config,
             engine=manifest.lowering,
             dtype=manifest.dtype,
