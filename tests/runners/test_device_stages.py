@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from device_stages import DeviceStages
 from engines import MAX_LEN, VOCAB, LoadedEngine, Served, make_checkpoint, make_engine, serve, serve_on
 
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.request import Request, SamplingParams
+from pageflight.lowering import device_model
+from pageflight.runners.device_factory import load_on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,43 @@ def test_stages_on_kernels_serve_what_one_process_serves(engine: Path) -> None:
     assert together.ids == alone.ids and together.reasons == alone.reasons
     for handle, log_probs in alone.log_probs.items():
         np.testing.assert_allclose(together.log_probs[handle], log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "kv_dtype"), [(2, "fp32", "fp32"), (1, "int8", "fp8"), (1, "int4", "fp16"), (1, "fp8", "fp32")]
+)
+def test_ranks_of_stages_and_narrow_weights_serve_what_one_device_serves(
+    tmp_path: Path, size: int, dtype: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch, rounds_to_e4m3: None
+) -> None:
+    """Scales of another layer, blocks of the whole model's layers on each stage, sums over the ranks of both."""
+    monkeypatch.setitem(device_model.COMPUTE, dtype, torch.float32)  # the interpreter casts bf16 otherwise than GPUs
+    make_checkpoint(tmp_path / "checkpoint")
+    engine = make_engine(tmp_path / "checkpoint", tmp_path / "engine", "torch", dtype=dtype, kv_dtype=kv_dtype)
+    requests = [asked(0, 9, max_tokens=3), asked(1, 5, temperature=1.0, top_k=9, presence_penalty=0.5, max_tokens=3)]
+    config = config_of(10, 16)
+    runner, capacity = load_on_gpu(engine, config, torch.device("cpu"))
+    manifest = EngineManifest.read(engine)
+    loaded = LoadedEngine(runner=runner, manifest=manifest, capacity=capacity, num_threads=1)
+    alone = serve_on(loaded, config.scheduler, requests)
+    runner.close()
+    stages = DeviceStages(engine, config, size, 2)
+    caches = [each._model.blocks.cache for each in stages.runners]
+    assert {(len(cache), cache.shape[3]) for cache in caches} == {(1, 2 // size)}, "its own layer and K/V heads"
+    loaded = LoadedEngine(runner=stages, manifest=manifest, capacity=stages.capacity, num_threads=1)
+    assert serve_on(loaded, config.scheduler, requests).ids == alone.ids
+    names = [set(each._model._ops._weights) for each in stages.runners]
+    assert names[0].isdisjoint(names[-1]) and "embed" in names[0] and "head" in names[-1]
+    stages.close()
+
+
+def test_sizes_of_the_cache_are_shared_by_all_ranks_of_all_stages(tmp_path: Path) -> None:
+    """Three layers on two stages: one has twice as much of every block, and of the memory that was asked for."""
+    make_checkpoint(tmp_path / "checkpoint", num_layers=3)
+    engine = make_engine(tmp_path / "checkpoint", tmp_path / "engine", "torch")
+    block_bytes = 3 * 2 * 2 * 32 * 16 * 4
+    kv = {"memory_bytes": 11 * block_bytes + 5, "host_memory_bytes": 3 * block_bytes + 1}
+    stages = DeviceStages(engine, config_of(0, 16, **kv), 1, 2)
+    found = [(each.limits.num_blocks, each.limits.num_host_blocks) for each in stages.runners]
+    assert found == [(11, 3), (11, 3)]
+    assert sorted(len(each._model.blocks.cache) for each in stages.runners) == [1, 2]
+    stages.close()

@@ -132,12 +132,14 @@ def test_numbers_of_stages_that_do_not_work_are_refused_before_a_process_is_star
         factory.load_engine(engine, EngineConfig(pipeline_parallel=num_stages))
 
 
-def test_stages_are_refused_where_there_are_gpus(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would have run beside idle GPUs, or all on the first one."""
+def test_every_stage_needs_gpus_of_its_own(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage would have shared the first one's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(factory, "_gpu", lambda: None)
-    with pytest.raises(ConfigError, match="pipeline_parallel=2: on processors only, not on GPUs yet"):
-        factory.load_engine(engine, EngineConfig(pipeline_parallel=2))
+    message = "tensor_parallel=2, pipeline_parallel=2: each rank needs a GPU of its own, 3 are here"
+    with pytest.raises(ConfigError, match=message):
+        factory.load_engine(engine, EngineConfig(tensor_parallel=2, pipeline_parallel=2))
 
 
 def test_a_lowering_without_stages_is_refused_by_name(tmp_path: Path) -> None:
