@@ -65,6 +65,7 @@ def serve(place: Place, port: int, is_gpu: bool, folder: Path, config: EngineCon
         line.send(runner.limits)
         _run(runner, communicator, device, line)
         runner.close()
+        communicator.least(0)  # nobody leaves while another one may still be reading
         communicator.close()
     except Exception as error:
         line.send(Failed(f"rank {place.rank}: {type(error).__name__}: {error}"))

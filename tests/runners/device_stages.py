@@ -4,6 +4,7 @@ for threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,6 +26,9 @@ class InTurn:
 
     def __init__(self, line: StageCommunicator, turn: Lock) -> None:
         self.place, self._line, self._turn = line.place, line, turn
+
+    def expect(self, results: torch.Tensor) -> Callable[[], object]:
+        return partial(self.hear, results)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._line, name)

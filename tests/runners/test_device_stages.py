@@ -71,13 +71,21 @@ def test_stages_on_kernels_serve_what_one_process_serves(engine: Path) -> None:
         np.testing.assert_allclose(together.log_probs[handle], log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "dtype", "kv_dtype"), [(2, "fp32", "fp32"), (1, "int8", "fp8")])
+@pytest.mark.parametrize(
+    ("size", "num_stages", "dtype", "kv_dtype"), [(2, 2, "fp32", "fp32"), (1, 3, "int8", "fp8")]
+)
 def test_ranks_of_stages_and_narrow_weights_serve_what_one_device_serves(
-    tmp_path: Path, size: int, dtype: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch, rounds_to_e4m3: None
+    tmp_path: Path,
+    size: int,
+    num_stages: int,
+    dtype: str,
+    kv_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    rounds_to_e4m3: None,
 ) -> None:
     """Scales of another layer, blocks of the whole model's layers on each stage, sums over the ranks of both."""
     monkeypatch.setitem(device_model.COMPUTE, dtype, torch.float32)  # the interpreter casts bf16 otherwise than GPUs
-    make_checkpoint(tmp_path / "checkpoint")
+    make_checkpoint(tmp_path / "checkpoint", num_layers=num_stages)
     engine = make_engine(tmp_path / "checkpoint", tmp_path / "engine", "torch", dtype=dtype, kv_dtype=kv_dtype)
     requests = [asked(0, 9, max_tokens=3), asked(1, 5, temperature=1.0, top_k=9, presence_penalty=0.5, max_tokens=3)]
     config = config_of(10, 16)
@@ -86,7 +94,7 @@ def test_ranks_of_stages_and_narrow_weights_serve_what_one_device_serves(
     loaded = LoadedEngine(runner=runner, manifest=manifest, capacity=capacity, num_threads=1)
     alone = serve_on(loaded, config.scheduler, requests)
     runner.close()
-    stages = DeviceStages(engine, config, size, 2)
+    stages = DeviceStages(engine, config, size, num_stages)
     caches = [each._model.blocks.cache for each in stages.runners]
     assert {(len(cache), cache.shape[3]) for cache in caches} == {(1, 2 // size)}, "its own layer and K/V heads"
     loaded = LoadedEngine(runner=stages, manifest=manifest, capacity=stages.capacity, num_threads=1)

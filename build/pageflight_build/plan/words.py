@@ -184,7 +184,7 @@ def _how(plan: Plan, given: Fit) -> list[str]:
     found = [f"Build it with: {command}"]
     if nodes > 1:
         each = counted(stages // nodes, "stage")
-        found.append(f"Each machine has {each} of it; its other ranks are started there.")
+        found.append(f"Each machine has {each}; ranks of all but the first are to be started there.")
     return found
 
 

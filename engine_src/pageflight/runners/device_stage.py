@@ -2,20 +2,22 @@
 
 Shapes: T packed tokens of a micro-batch, H hidden, L rows of it that sample.
 
-Why no rank waits for ever. A stage computes micro-batches in their order on one stream. What it hands on, and what the
-last stage announces, are sent without waiting, by two groups of ranks, each of which keeps the order of its messages.
-So micro-batch m of a stage waits for m of the stage before, for ids of micro-batches before m, and for nothing that
-comes after m anywhere: the first one that has not passed all stages can always go on. On the host nobody waits where
-NCCL carries messages, for it puts them on streams; with gloo, where the host waits for a message, the same order holds
-for its calls. Only receivers wait: gloo reads what is sent on a thread of its own, and a send of NCCL waits on a stream
-that nothing else waits for but later messages of its group. Ids are heard on a stream of their own for that reason: on
-that of the passes they would have been behind the next micro-batch.
+Why no rank waits for ever, whether messages wait for their receivers or not. A stage computes micro-batches in their
+order on one stream. What it hands on and what the last stage announces go by two groups of ranks, each of which keeps
+the order of its messages; nothing but later messages of its group waits for a send. A stage is ready for the ids of a
+micro-batch as soon as it has handed it on, on a stream of its own: on that of the passes, or if asked for when they are
+wanted, they would be behind later micro-batches, for which others may wait. So what a stage does with micro-batch m
+waits for what stages before it do with m, and for micro-batches before m: of all that has not happened yet, the first
+micro-batch at the first stage can always go on. That holds for hosts, too, where they wait: for messages with gloo, for
+all streams of a GPU where a graph is captured or memory runs short. Nobody is ready for ids while no step is in flight,
+which NCCL's watchdog would take for a failure.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -37,11 +39,15 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sent:
-    """A micro-batch that this stage has computed; its results come from the last one."""
+    """A micro-batch that this stage has computed; `results` [3, L] come from the last one, and are copied to `on_host`.
+    None where no row samples."""
 
     number: int
     flight: Flight
     batch: MicroBatch
+    results: Tensor | None = None
+    on_host: Tensor | None = None
+    wait: Callable[[], object] | None = None
 
 
 class DeviceStageRunner(DeviceRunner):
@@ -112,7 +118,7 @@ class DeviceStageRunner(DeviceRunner):
             out = begin()[: plan.num_tokens]
             # What a graph has written is written over by its next run, which does not wait for who receives.
             self._line.pass_on(out.clone() if is_decode(plan) else out)
-            self._sent.append(_Sent(self._order.computed(batch), flight, batch))
+            self._sent.append(self._expected(_Sent(self._order.computed(batch), flight, batch)))
             return
         results = self._fetched(begin, batch.lines)
         if batch.lines.size:
@@ -125,21 +131,28 @@ class DeviceStageRunner(DeviceRunner):
         while self._num_heard < wanted:
             self._hear(self._sent.popleft())
 
+    def _expected(self, sent: _Sent) -> _Sent:
+        """With room for the ids, which may come from now on."""
+        if not sent.batch.lines.size:
+            return sent
+        with torch.cuda.stream(self._hearing):
+            results, on_host = self._room(sent.batch.lines.size)
+            return replace(sent, results=results, on_host=on_host, wait=self._line.expect(results))
+
     def _hear(self, sent: _Sent) -> None:
         """Ids of a micro-batch, which become tokens of their rows and go to the host; what follows waits for them on
         the device."""
         self._num_heard = sent.number
-        if not sent.batch.lines.size:
+        if sent.results is None or sent.on_host is None or sent.wait is None:
             return
         with torch.cuda.stream(self._hearing):
-            kept, on_host = self._room(sent.batch.lines.size)
-            self._line.hear(kept)
-            sent.flight.results.append(self._sent_home(sent.batch.lines, kept, on_host))
+            sent.wait()
+            sent.flight.results.append(self._sent_home(sent.batch.lines, sent.results, sent.on_host))
         if self._steps is not None and self._hearing is not None:
             self._steps.wait_stream(self._hearing)
-            kept.record_stream(self._steps)
+            sent.results.record_stream(self._steps)
         with torch.cuda.stream(self._steps):
-            self._append(sent, kept[0])
+            self._append(sent, sent.results[0])
 
     def _append(self, sent: _Sent, ids_L: Tensor) -> None:
         """`ids_L` become the next tokens of their rows, where nobody else has begun in the row since."""
