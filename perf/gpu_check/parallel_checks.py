@@ -69,11 +69,10 @@ class Ranks:
 
     def collect(self) -> StepResult:
         self._tell(Collect())
-        first, *others = results = self._answers()
-        assert all(isinstance(result, StepResult) for result in results)
-        if {digest_of(other) for other in others} != {digest_of(first)}:
+        results: list[StepResult] = self._answers()
+        if len({digest_of(result) for result in results}) > 1:
             raise AssertionError("ranks have other results than each other")
-        return first
+        return results[0]
 
     def measured(self, token_counts: Sequence[int], rounds: int) -> Record:
         """Of the first rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
@@ -98,7 +99,7 @@ def _measured(communicator: GroupCommunicator, device: torch.device, measure: Me
                 communicator.hear(ids)
 
         if place.tensor_parallel > 1:
-            found[f"sum_us_{count}"] = _microseconds(lambda x=x: communicator.all_reduce(x), device, measure.rounds)
+            found[f"sum_us_{count}"] = _microseconds(partial(communicator.all_reduce, x), device, measure.rounds)
         if place.pipeline_parallel > 1:
             found[f"there_and_back_us_{count}"] = _microseconds(there_and_back, device, measure.rounds)
     return dict(found)

@@ -169,9 +169,7 @@ def test_gpus_of_a_set_are_shared_out_among_its_stages(
     repository: Path, words: str, default: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     """What an item does not say is the model's; without anybody's word, all GPUs that a stage can have are its."""
-    serving = replace(
-        SERVING, tensor_parallel=default[0], pipeline_parallel=default[1], instances=f"gpu0,1,2,3{words}"
-    )
+    serving = replace(SERVING, tensor_parallel=default[0], pipeline_parallel=default[1], instances=f"gpu0,1,2,3{words}")
     config = core_spec(settings(repository, serving, instance="gpu0_1_2_3_0")).config
     assert (config.tensor_parallel, config.pipeline_parallel) == expected
 

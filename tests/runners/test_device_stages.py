@@ -35,9 +35,7 @@ def asked(number: int, num_prompt: int, **wishes: object) -> Request:
 
 def served(engine: Path, requests: list[Request], size: int, num_stages: int, config: EngineConfig) -> Served:
     runner = DeviceStages(engine, config, size, num_stages)
-    loaded = LoadedEngine(
-        runner=runner, manifest=EngineManifest.read(engine), capacity=runner.capacity, num_threads=1
-    )
+    loaded = LoadedEngine(runner=runner, manifest=EngineManifest.read(engine), capacity=runner.capacity, num_threads=1)
     found = serve_on(loaded, config.scheduler, requests)
     runner.close()
     return found
@@ -71,9 +69,7 @@ def test_stages_on_kernels_serve_what_one_process_serves(engine: Path) -> None:
         np.testing.assert_allclose(together.log_probs[handle], log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("size", "num_stages", "dtype", "kv_dtype"), [(2, 2, "fp32", "fp32"), (1, 3, "int8", "fp8")]
-)
+@pytest.mark.parametrize(("size", "num_stages", "dtype", "kv_dtype"), [(2, 2, "fp32", "fp32"), (1, 3, "int8", "fp8")])
 def test_ranks_of_stages_and_narrow_weights_serve_what_one_device_serves(
     tmp_path: Path,
     size: int,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pageflight_build.plan.cards import GIB, MIB, Card
 from pageflight_build.options import STEP_TOKENS
+from pageflight_build.plan.cards import GIB, MIB, Card
 from pageflight_build.plan.demand import BLOCK_SIZE, Demand, default_kv_dtype
 from pageflight_build.plan.fit import CPU_FRACTION, Fit
 from pageflight_build.plan.layouts import MOST_CARDS, Layout
@@ -154,8 +154,8 @@ def _why_split(layout: Layout) -> list[str]:
 
 
 def build_command(demand: Demand, fit: Fit) -> str | None:
-    """The build that a fit on several GPUs stands for; None for one card, whose build needs no words, and for cards that
-    do not hold it."""
+    """The build that a fit on several GPUs stands for; None for one card, whose build needs no words, and for cards
+    that do not hold it."""
     layout = fit.layout
     if not fit.holds or layout.num_cards == 1:
         return None

@@ -46,7 +46,8 @@ def plan(
     gpus: Annotated[
         str,
         typer.Option(
-            help="What there is: 2xH100-94, 2x8xH100-80 (two machines), L40S, H100-94/1g.12gb (a MIG slice), 2x80GiB@3350GB/s, cpu@40GB/s."
+            help="What there is: 2xH100-94, 2x8xH100-80 (two machines), L40S, H100-94/1g.12gb (a MIG slice),"
+            " 2x80GiB@3350GB/s, cpu@40GB/s."
             " Default: every card known, and how many of it are needed."
         ),
     ] = "",

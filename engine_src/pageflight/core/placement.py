@@ -44,8 +44,8 @@ ALONE = Ranks()
 def ranks_of(
     devices: DeviceSet, tensor_parallel: int | None, pipeline_parallel: int | None, default: Ranks = ALONE
 ) -> Ranks:
-    """Of an instance for which these are stated; what is None is the `default`'s. Every GPU of a set is a rank, so where
-    nobody says how many a stage has, they are shared out among the stages.
+    """Of an instance for which these are stated; what is None is the `default`'s. Every GPU of a set is a rank, so
+    where nobody says how many a stage has, they are shared out among the stages.
 
     Raises ConfigError for another number than there are GPUs in the set.
     """

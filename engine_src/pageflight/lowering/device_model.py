@@ -136,8 +136,8 @@ class KernelModel(DeviceModel):
         compute: torch.dtype | None = None,
         communicator: Communicator | None = None,
     ) -> KernelModel:
-        """An engine onto a device, or one rank's part of it: of its stage, its heads. `compute`: the type of activations,
-        by default that of the engine's dtype."""
+        """An engine onto a device, or one rank's part of it: of its stage, its heads. `compute`: the type of
+        activations, by default that of the engine's dtype."""
         manifest, config, store = engine.manifest, engine.config, engine.weights
         place = communicator.place if communicator is not None else Place(rank=0)
         split = engine.split(place.shard) if place.tensor_parallel > 1 else None

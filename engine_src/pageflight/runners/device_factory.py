@@ -6,6 +6,7 @@ import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,7 +132,7 @@ def _made(
     most_tokens: int,
     communicator: Communicator | None,
 ) -> DeviceRunner:
-    sizes: dict[str, int] = {
+    sizes: dict[str, Any] = {
         "num_blocks": capacity.kv.num_blocks,
         "num_host_blocks": capacity.kv.num_host_blocks,
         "max_num_seqs": scheduler.max_num_seqs,
@@ -145,9 +146,7 @@ def _made(
 
 def _share(kv: KVConfig, own_bytes: int, all_bytes: int) -> KVConfig:
     """What one rank has of the bytes that were asked for: of a block it has `own_bytes` of `all_bytes`."""
-    memory, host_memory = (
-        size * own_bytes // all_bytes for size in (kv.memory_bytes, kv.host_memory_bytes)
-    )
+    memory, host_memory = (size * own_bytes // all_bytes for size in (kv.memory_bytes, kv.host_memory_bytes))
     return replace(kv, memory_bytes=memory, host_memory_bytes=host_memory)
 
 

@@ -1,4 +1,4 @@
-"""Which micro-batch of a pipeline brings the last token of each row: who reads a row waits for that one, and no other."""
+"""Which micro-batch of a pipeline brings the last token of each row: who reads a row waits for that one only."""
 
 from __future__ import annotations
 
@@ -34,4 +34,5 @@ class TokenOrder:
 
     def is_theirs(self, number: int, rows_L: Int32Array) -> NDArray[np.bool_]:
         """For which of `rows_L` an id of micro-batch `number` is the next token: nobody has begun in them since."""
-        return self._sampled_in_R[rows_L] == number
+        found: NDArray[np.bool_] = self._sampled_in_R[rows_L] == number
+        return found
