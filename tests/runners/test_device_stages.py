@@ -16,6 +16,7 @@ from pageflight.core.plan import RowStart, StepPlan
 from pageflight.core.request import Request, SamplingParams
 from pageflight.lowering import device_model
 from pageflight.lowering.device_blocks import DeviceInputs
+from pageflight.runners.base import BusyRunner
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_factory import load_on_gpu
 
@@ -35,8 +36,10 @@ def asked(number: int, num_prompt: int, **wishes: object) -> Request:
 
 def served(engine: Path, requests: list[Request], size: int, num_stages: int, config: EngineConfig) -> Served:
     runner = DeviceStages(engine, config, size, num_stages)
+    assert all(isinstance(each, BusyRunner) for each in runner.runners), "or nobody learns of bubbles"
     loaded = LoadedEngine(runner=runner, manifest=EngineManifest.read(engine), capacity=runner.capacity, num_threads=1)
     found = serve_on(loaded, config.scheduler, requests)
+    assert all(each.busy_s > 0 for each in runner.runners)
     runner.close()
     return found
 

@@ -15,6 +15,7 @@ which NCCL's watchdog would take for a failure.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,6 +49,34 @@ class _Sent:
     results: Tensor | None = None
     on_host: Tensor | None = None
     wait: Callable[[], object] | None = None
+
+
+class _Clock:
+    """How long passes take on the current stream; what is asked of it costs the host no waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        """Of all passes that are known to have ended."""
+        self._is_gpu = device.type == "cuda"
+        self._begun: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def timed(self, begin: Callable[[], Tensor]) -> Tensor:
+        if not self._is_gpu:
+            begin_s, out = time.perf_counter(), begin()
+            self.seconds += time.perf_counter() - begin_s
+            return out
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        out = begin()
+        last.record()
+        self._begun.append((first, last))
+        return out
+
+    def look(self) -> None:
+        """Count passes that have ended since."""
+        while self._begun and self._begun[0][1].query():  # type: ignore[no-untyped-call]
+            first, last = self._begun.popleft()
+            self.seconds += first.elapsed_time(last) / 1000
 
 
 class DeviceStageRunner(DeviceRunner):
@@ -84,19 +113,26 @@ class DeviceStageRunner(DeviceRunner):
             num_passes=MAX_IN_FLIGHT * num_micro_batches,
         )
         self._line, self._num_micro_batches = communicator, num_micro_batches
-        self._order = TokenOrder(max_num_seqs)
+        self._order, self._clock = TokenOrder(max_num_seqs), _Clock(self._device)
         self._sent: deque[_Sent] = deque()  # whose results are not here
         self._num_heard = 0
         self._hearing: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._hearing = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds of computing, so far."""
+        return self._clock.seconds
+
     def collect(self) -> StepResult:
         """Wait for the oldest submitted plan to have passed the last stage, and return its ids."""
         assert self._in_flight, "submit() comes before collect()"
         while self._sent and self._sent[0].flight is self._in_flight[0]:
             self._hear(self._sent.popleft())
-        return super().collect()
+        result = super().collect()
+        self._clock.look()
+        return result
 
     def _submit(self, plan: StepPlan) -> None:
         self._change(plan)
@@ -111,7 +147,7 @@ class DeviceStageRunner(DeviceRunner):
     def _run(self, flight: Flight, batch: MicroBatch) -> None:
         plan = batch.plan
         self._await_ids(plan.rows)
-        begin = self._staged(plan)
+        begin = partial(self._clock.timed, self._staged(plan))
         if self._hidden is not None:
             self._line.take_over(self._hidden[: plan.num_tokens])  # once the pass before has read what is there
         if not self._model.stage.is_last:
