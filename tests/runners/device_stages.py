@@ -4,7 +4,6 @@ for threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,11 +27,12 @@ class InTurn:
         self.place, self._line, self._turn = line.place, line, turn
 
     def expect(self, results: torch.Tensor) -> Callable[[], object]:
-        return partial(self.hear, results)
+        return self._waiting(self._line.expect(results))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(self._line, name)
+        return self._waiting(getattr(self._line, name))
 
+    def _waiting(self, call: Callable[..., object]) -> Callable[..., object]:
         def waiting(*arguments: object) -> object:
             self._turn.release()
             try:
