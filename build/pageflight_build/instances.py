@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pageflight.core.devices import DeviceSet, Item, items_text, parse_items
 from pageflight.core.errors import ConfigError
-from pageflight.core.placement import num_ranks, number_word, share_word
+from pageflight.core.placement import check_stated, number_word, share_word
 from pageflight_build.amounts import parse_bytes, parse_capabilities
 
 if TYPE_CHECKING:
@@ -21,24 +21,26 @@ OPTION = "instances"
 MOST = 64
 _TENSORRT_WORDS = ("flavor", "compute_capability", "weights", "collectives")
 _ENGINE_WORDS = ("engine", "dtype", "kv_dtype", "group_size", *_TENSORRT_WORDS)
-WORDS = (*_ENGINE_WORDS, "gpu_memory_utilization", "kv_memory", "tensor_parallel")
+_RANK_WORDS = ("tensor_parallel", "pipeline_parallel")
+WORDS = (*_ENGINE_WORDS, "gpu_memory_utilization", "kv_memory", *_RANK_WORDS)
 FIRST_FOLDER = "1/artifacts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
     """One engine instance. `overrides`: engine options of the build that it has otherwise, by name, as they were
-    written; `gpu_memory_utilization`, `kv_memory` and `tensor_parallel` None are the build's."""
+    written; `gpu_memory_utilization`, `kv_memory` and numbers of ranks and stages that are None are the build's."""
 
     devices: DeviceSet
     overrides: tuple[tuple[str, str], ...] = ()
     gpu_memory_utilization: float | None = None
     kv_memory: int | None = None
     tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
 
     def __str__(self) -> str:
         words: dict[str, object] = dict(self.overrides)
-        for name in ("gpu_memory_utilization", "kv_memory", "tensor_parallel"):
+        for name in ("gpu_memory_utilization", "kv_memory", *_RANK_WORDS):
             if getattr(self, name) is not None:
                 words[name] = getattr(self, name)
         return items_text([(self.devices, words)])
@@ -101,7 +103,8 @@ def _instance(item: Item) -> InstanceSpec:
     if not words.get("group_size", "0").isdigit():
         raise ConfigError(f"{item.where}: group_size={words['group_size']!r} is not a whole number")
     try:
-        num_ranks(item.devices, number_word(item, "tensor_parallel"))
+        tensor_parallel, pipeline_parallel = (number_word(item, name) for name in _RANK_WORDS)
+        check_stated(item.devices, tensor_parallel, pipeline_parallel)
         kv_memory = parse_bytes(words["kv_memory"]) if "kv_memory" in words else None
         parse_capabilities(words.get("compute_capability", ""))
     except ConfigError as error:
@@ -114,7 +117,8 @@ def _instance(item: Item) -> InstanceSpec:
         overrides=tuple((name, words[name]) for name in _ENGINE_WORDS if name in words),
         gpu_memory_utilization=share_word(item),
         kv_memory=kv_memory,
-        tensor_parallel=number_word(item, "tensor_parallel"),
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
 
 

@@ -47,6 +47,7 @@ def placements_of(models: Sequence[ModelRecord]) -> dict[str, tuple[Placement, .
                 gpu_memory_utilization=_utilization(instance, model.serving.gpu_memory_utilization, claims),
                 kv_memory=instance.kv_memory,
                 tensor_parallel=instance.tensor_parallel,
+                pipeline_parallel=instance.pipeline_parallel,
             )
             for instance, engine in zip(wanted[model.name], model.engines, strict=False)  # one of all that are alike
             if instance.devices.kind != "any"

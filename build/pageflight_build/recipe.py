@@ -17,7 +17,7 @@ from pathlib import Path
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
-from pageflight.core.placement import num_ranks
+from pageflight.core.placement import Ranks, ranks_of
 from pageflight.lowering.base import AheadOfTime, Lowering
 from pageflight.models.config import DecoderConfig
 from pageflight.models.stages import check_nodes
@@ -96,7 +96,7 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
             found = repository.engine_kept(target, record, wanted, engine.inputs, lowerings[folder])
             if found is not None and not options.force:
                 kept[folder] = found
-                _check_kept(EngineManifest.read(found), engine.ranks, options.serving.pipeline_parallel)
+                _check_kept(EngineManifest.read(found), engine.ranks)
         if len(kept) == len(distinct) and repository.unchanged(record, wanted):
             first = kept[FIRST_FOLDER]
             return BuildResult(
@@ -134,14 +134,14 @@ def build(options: BuildOptions, progress: BuildProgress | None = None) -> Build
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedEngine:
-    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, how
-    many ranks those have who share it, and how many it is cut for: 1 where it is the same for any."""
+    """The engine of an instance: its options, their digest, its place in the engine model's folder, who it is for, the
+    ranks of those who share it, and how many ranks of a layer it is cut for: 1 where it is the same for any."""
 
     options: EngineOptions
     inputs: str
     folder: str
     title: str
-    ranks: frozenset[int]
+    ranks: frozenset[Ranks]
     num_ranks: int
 
 
@@ -150,29 +150,25 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
     instances = parse_instances(options.serving.instances)
     if all(instance.devices.kind == "any" for instance in instances):
         instances = instances[:1]
-    on_gpus = [str(instance.devices) for instance in instances if instance.devices.kind == "gpu"]
-    if on_gpus and options.serving.pipeline_parallel > 1:
-        raise ConfigError(
-            f"pipeline_parallel={options.serving.pipeline_parallel}: stages run on processors only so far, not on"
-            f" {on_gpus[0]}"
-        )
     wanted = [instance.engine_options(options.engine) for instance in instances]
     _check_launcher(options.serving, instances)
-    sizes = [
-        num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel) for instance in instances
+    default = Ranks(options.serving.tensor_parallel, options.serving.pipeline_parallel)
+    ranks = [
+        ranks_of(instance.devices, instance.tensor_parallel, instance.pipeline_parallel, default)
+        for instance in instances
     ]
-    for size in sizes:
+    for each in ranks:
         check_nodes(
             EngineConfig(
-                tensor_parallel=size,
-                pipeline_parallel=options.serving.pipeline_parallel,
+                tensor_parallel=each.tensor_parallel,
+                pipeline_parallel=each.pipeline_parallel,
                 launcher=options.serving.launcher,
                 num_nodes=options.serving.nodes,
                 rank_port=options.serving.rank_port,
                 rank_wait_s=options.serving.rank_wait_s,
             )
         )
-    cuts = [ranks_cut_for(engine, size) for engine, size in zip(wanted, sizes, strict=True)]
+    cuts = [ranks_cut_for(engine, each.tensor_parallel) for engine, each in zip(wanted, ranks, strict=True)]
     folders = [engine_folder(engine, cut, (wanted[0], cuts[0])) for engine, cut in zip(wanted, cuts, strict=True)]
     return tuple(
         WantedEngine(
@@ -180,7 +176,7 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
             inputs=engine_inputs(options.checkpoint, engine, options.serving, cut),
             folder=folder,
             title=str(instance),
-            ranks=frozenset(size for size, other in zip(sizes, folders, strict=True) if other == folder),
+            ranks=frozenset(each for each, other in zip(ranks, folders, strict=True) if other == folder),
             num_ranks=cut,
         )
         for instance, engine, cut, folder in zip(instances, wanted, cuts, folders, strict=True)
@@ -188,11 +184,11 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
 
 
 class _Engine:
-    """The stages that make an engine directory at `folder`. `ranks`: how many its instances have; `num_ranks`: how many
-    it is cut for."""
+    """The stages that make an engine directory at `folder`. `ranks`: those of its instances; `num_ranks`: how many of a
+    layer it is cut for."""
 
     def __init__(
-        self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[int], num_ranks: int
+        self, options: BuildOptions, lowering: Lowering, folder: Path, ranks: Iterable[Ranks], num_ranks: int
     ) -> None:
         self._build, self._ranks, self._num_ranks = options, ranks, num_ranks
         self._lowering = lowering
@@ -214,10 +210,9 @@ class _Engine:
         self._options = resolve_engine_options(self._build.engine, config, self._lowering)
         options = self._options
         assert options.dtype is not None
-        for size in self._ranks:
+        for ranks in self._ranks:
             check_ranks(
-                size,
-                self._build.serving.pipeline_parallel,
+                *ranks,
                 config,
                 engine=options.engine,
                 dtype=options.dtype,
@@ -304,13 +299,12 @@ def _check_launcher(serving: ServingOptions, instances: Sequence[InstanceSpec]) 
         )
 
 
-def _check_kept(manifest: EngineManifest, ranks: Iterable[int], pipeline_parallel: int) -> None:
+def _check_kept(manifest: EngineManifest, ranks: Iterable[Ranks]) -> None:
     """Raises ConfigError for settings that an engine built for others does not have."""
     config = DecoderConfig.from_json(manifest.model)
-    for size in ranks:
+    for each in ranks:
         check_ranks(
-            size,
-            pipeline_parallel,
+            *each,
             config,
             engine=manifest.lowering,
             dtype=manifest.dtype,

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ if "cpu" in sys.argv:
 
 import torch
 
-from perf.gpu_check import engine_checks, tensorrt_checks, tensorrt_segments
+from perf.gpu_check import engine_checks, parallel_checks, tensorrt_checks, tensorrt_segments
 from perf.gpu_check.card import Card, Record
 from perf.gpu_check.engine_checks import Load
 from perf.gpu_check.kernel_checks import Checks
@@ -70,6 +71,10 @@ class Parts:
 
     def tune(self) -> Iterable[Record]:
         return tune(self._card, self._config, self._out)
+
+    def parallel(self) -> Iterable[Record]:
+        with tempfile.TemporaryDirectory() as name:
+            yield from parallel_checks.parallel(self._card, Path(name))
 
     def tensorrt(self) -> Iterable[Record]:
         return in_folder(tensorrt_checks.answers, self._card)

@@ -6,17 +6,18 @@ import gc
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pageflight.core.config import KVConfig, SchedulerConfig
-from pageflight.core.plan import RowStart, StepPlan
+from pageflight.core.plan import RowStart, StepPlan, StepResult
 from pageflight.core.request import Request, SamplingParams
 from pageflight.models.config import DecoderConfig
+from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device import DeviceRunner
 from pageflight.sched.scheduler import Scheduler
 from perf.gpu_check.card import Card, Record, attempted, failure
@@ -274,13 +275,23 @@ class Driven:
     """`waited_s`: the host had nothing to do but wait for the card. When it is near 0, the card waits for the host."""
 
     ids: dict[int, list[int]]
+    log_probs: dict[int, list[float]] = field(default_factory=dict)
     num_steps: int = 0
     seconds: float = 0.0
     host_s: float = 0.0
     waited_s: float = 0.0
 
 
-def make_scheduler(runner: DeviceRunner, *, max_num_tokens: int) -> Scheduler:
+class PlanRunner(Protocol):
+    """What plans are driven through."""
+
+    limits: RunnerLimits
+
+    def submit(self, plan: StepPlan) -> None: ...
+    def collect(self) -> StepResult: ...
+
+
+def make_scheduler(runner: PlanRunner, *, max_num_tokens: int) -> Scheduler:
     limits = runner.limits
     config = SchedulerConfig(
         max_num_tokens=max_num_tokens,
@@ -292,7 +303,7 @@ def make_scheduler(runner: DeviceRunner, *, max_num_tokens: int) -> Scheduler:
     return Scheduler(config, kv, vocab_size=limits.vocab_size)
 
 
-def drive(scheduler: Scheduler, runner: DeviceRunner, *, num_steps: int | None = None) -> Driven:
+def drive(scheduler: Scheduler, runner: PlanRunner, *, num_steps: int | None = None) -> Driven:
     """Until everything has ended, or for so many steps, with a second one in flight whenever there is one to plan."""
     run = Driven({})
     in_flight: deque[StepPlan] = deque()
@@ -313,6 +324,9 @@ def drive(scheduler: Scheduler, runner: DeviceRunner, *, num_steps: int | None =
         run.num_steps += 1
         for handle, token in zip(events.handles.tolist(), events.ids.tolist(), strict=True):
             run.ids.setdefault(handle, []).append(token)
+        if events.log_probs is not None:
+            for handle, log_prob in zip(events.handles.tolist(), events.log_probs.tolist(), strict=True):
+                run.log_probs.setdefault(handle, []).append(log_prob)
     run.seconds = time.perf_counter() - begin_s
     run.host_s = run.seconds - run.waited_s
     return run

@@ -137,8 +137,8 @@ def test_a_core_has_as_long_to_start_as_its_server_waits_for_it(repository: Path
 
 def test_each_instance_learns_its_own_devices(repository: Path) -> None:
     """Triton calls an instance by its group's name and a number in it: every one took itself for the first."""
-    instances = "gpu1; gpu2,3; cpu:0-1 kv_memory=7; cpu:2 tensor_parallel=2"
-    serving = replace(SERVING, threads=0, tensor_parallel=1, instances=instances)
+    instances = "gpu1; gpu2,3; cpu:0-1 kv_memory=7; cpu:2 tensor_parallel=2 pipeline_parallel=3"
+    serving = replace(SERVING, threads=0, tensor_parallel=1, pipeline_parallel=1, instances=instances)
     names = [("gpu1_0", 1), ("gpu2_3_0", None), ("cpu0-1_0", None), ("cpu2_0", None)]
     found = [settings(repository, serving, instance=name, gpu=gpu) for name, gpu in names]
     assert [one.instance for one in found] == [0, 1, 2, 3] and {one.num_instances for one in found} == {4}
@@ -147,19 +147,45 @@ def test_each_instance_learns_its_own_devices(repository: Path) -> None:
     assert [spec.num_instances for spec in specs] == [1, 1, 2, 2], "memory of the machine is shared by two"
     assert [spec.config.num_threads for spec in specs] == [0, 0, 2, 1]
     assert [spec.config.tensor_parallel for spec in specs] == [1, 2, 1, 2], "every GPU of a set is a rank"
+    assert [spec.config.pipeline_parallel for spec in specs] == [1, 1, 1, 3]
     assert [spec.config.kv.memory_bytes for spec in specs] == [3 << 20, 3 << 20, 7, 3 << 20]
 
 
 def test_ranks_of_all_instances_do_not_fit_a_set_of_another_size(repository: Path) -> None:
     """`tensor_parallel` 4 in config.pbtxt, and a GPU alone: three ranks had none."""
-    serving = replace(SERVING, tensor_parallel=4, instances="gpu1")
+    serving = replace(SERVING, tensor_parallel=4, pipeline_parallel=1, instances="gpu1")
     with pytest.raises(ConfigError, match="gpu1: tensor_parallel=4, but the set has 1 GPU"):
         core_spec(settings(repository, serving, instance="gpu1_0", gpu=1))
 
 
+@pytest.mark.parametrize(
+    ("words", "default", "expected"),
+    [
+        ("", (1, 1), (4, 1)),
+        ("", (1, 2), (2, 2)),
+        ("", (2, 2), (2, 2)),
+        ("", (1, 4), (1, 4)),
+        (" tensor_parallel=1", (4, 4), (1, 4)),
+        (" pipeline_parallel=2", (1, 1), (2, 2)),
+        (" pipeline_parallel=1", (1, 2), (4, 1)),
+        (" tensor_parallel=2 pipeline_parallel=2", (8, 1), (2, 2)),
+    ],
+)
+def test_gpus_of_a_set_are_shared_out_among_its_stages(
+    repository: Path, words: str, default: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """What an item does not say is the model's; without anybody's word, all GPUs that a stage can have are its."""
+    serving = replace(SERVING, tensor_parallel=default[0], pipeline_parallel=default[1], instances=f"gpu0,1,2,3{words}")
+    config = core_spec(settings(repository, serving, instance="gpu0_1_2_3_0")).config
+    assert (config.tensor_parallel, config.pipeline_parallel) == expected
+
+
 def test_instances_that_share_a_gpu_get_their_parts_of_it(repository: Path) -> None:
     serving = replace(
-        SERVING, tensor_parallel=1, instances="gpu0 gpu_memory_utilization=0.25; gpu0 gpu_memory_utilization=0.5; gpu1"
+        SERVING,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        instances="gpu0 gpu_memory_utilization=0.25; gpu0 gpu_memory_utilization=0.5; gpu1",
     )
     parts = [
         core_spec(settings(repository, serving, instance=name, gpu=gpu)).config.kv.gpu_memory_utilization
@@ -170,7 +196,7 @@ def test_instances_that_share_a_gpu_get_their_parts_of_it(repository: Path) -> N
 
 def test_where_triton_places_an_instance_is_where_its_core_runs(repository: Path) -> None:
     """`gpus: [0]` was edited into `gpus: [5]`, and the core went to GPU 0 nevertheless."""
-    serving = replace(SERVING, tensor_parallel=1, instances="gpu0")
+    serving = replace(SERVING, tensor_parallel=1, pipeline_parallel=1, instances="gpu0")
     spec = core_spec(settings(repository, serving, instance="gpu0_0", gpu=5))
     assert spec.devices == DeviceSet("gpu", (5,))
 

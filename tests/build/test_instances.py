@@ -40,15 +40,17 @@ def test_a_set_of_devices_is_read_as_it_is_written(devices: DeviceSet) -> None:
 @given(
     placements=st.lists(
         st.builds(
-            lambda devices, is_stated, utilization, memory: Placement(
+            lambda devices, is_stated, num_stages, utilization, memory: Placement(
                 devices=devices,
                 engine_dir="engine/1/artifacts-00ff",
                 gpu_memory_utilization=utilization,
                 kv_memory=memory,
                 tensor_parallel=max(1, len(devices.numbers)) if is_stated else None,
+                pipeline_parallel=num_stages,
             ),
             DEVICES,
             st.booleans(),
+            st.sampled_from((None, 1)),
             st.none() | st.floats(0.01, 1.0),
             st.none() | st.integers(0, 1 << 40),
         ),
@@ -66,6 +68,10 @@ def test_a_placement_in_config_pbtxt_is_read_as_it_is_written(placements: list[P
         ("gpu0; gpu1;gpu:3,2 tensor_parallel=2", "gpu0; gpu1; gpu2,3 tensor_parallel=2"),
         ("cpu:0-1,2 engine=openvino  dtype=int8;cpu:4", "cpu:0-2 engine=openvino dtype=int8; cpu:4"),
         ("gpu2,3; cpu tensor_parallel=2", "gpu2,3; cpu tensor_parallel=2"),
+        (
+            "gpu0-3 pipeline_parallel=2 tensor_parallel=2; cpu pipeline_parallel=3",
+            "gpu0,1,2,3 tensor_parallel=2 pipeline_parallel=2; cpu pipeline_parallel=3",
+        ),
         ("cpu; cpu kv_memory=2GiB", "cpu; cpu kv_memory=2147483648"),
         (
             "gpu0 gpu_memory_utilization=0.4; gpu0 gpu_memory_utilization=0.5",
@@ -100,7 +106,17 @@ def test_instances_have_one_way_to_be_written(text: str, canonical: str) -> None
         ("gpu0,1 tensor_parallel=2; gpu1", "share a GPU"),
         ("cpu:0-2; cpu:2,3", "'cpu:0-2' and 'cpu:2-3' share cores"),
         ("cpu; cpu:1", "share cores"),
-        ("gpu2,3 tensor_parallel=1", "item 1 'gpu2,3 tensor_parallel=1': gpu2,3: tensor_parallel=1, but the set has 2"),
+        ("gpu2,3 tensor_parallel=3", "item 1 'gpu2,3 tensor_parallel=3': gpu2,3: tensor_parallel=3, but the set has 2"),
+        (
+            "gpu0-3 tensor_parallel=2 pipeline_parallel=1",
+            "gpu0,1,2,3: tensor_parallel=2, but the set has 4 GPUs; they must be as many",
+        ),
+        (
+            "gpu0-3 tensor_parallel=4 pipeline_parallel=2",
+            "gpu0,1,2,3: tensor_parallel=4 times pipeline_parallel=2, but the set has 4 GPUs",
+        ),
+        ("gpu0-2 pipeline_parallel=2", "gpu0,1,2: pipeline_parallel=2, but the set has 3 GPUs"),
+        ("cpu pipeline_parallel=0", "pipeline_parallel=0: must be at least 1"),
         ("cpu tensor_parallel=0", "tensor_parallel=0: must be at least 1"),
         ("gpu2 tensor_parallel=2", "tensor_parallel=2, but the set has 1 GPU"),
     ],

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from pageflight.cli.main import app
 from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
-from pageflight_build.plan.cards import GIB, KNOWN, Card, Cards
+from pageflight_build.plan.cards import GIB, KNOWN, Card, Cards, parse_cards
 from pageflight_build.plan.ceilings import ceilings_of
 from pageflight_build.plan.demand import Demand, check_context, default_kv_dtype, resolved_group_size
 from pageflight_build.plan.fit import Fit, fit
@@ -19,7 +21,7 @@ from pageflight_build.plan.planner import Plan, fewest, make_plan
 from pageflight_build.plan.report import as_json, size_json
 from pageflight_build.plan.rule import plan_by_size, published_rule_bytes
 from pageflight_build.plan.shares import Holder, kv_bytes_per_block, pass_bytes, shares_of, stored_bytes
-from pageflight_build.plan.words import sentences, size_sentences, verdict
+from pageflight_build.plan.words import build_command, sentences, size_sentences, verdict
 
 LLAMA_8B = DecoderConfig(
     family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -140,6 +142,48 @@ def test_heads_are_divided_inside_a_machine_and_layers_across(num_cards: int, la
     assert found is not None and (found.tensor_parallel, found.pipeline) == layout
 
 
+@pytest.mark.parametrize(
+    ("machines", "cards", "layout"),
+    [(2, 8, (8, 2)), (4, 4, (4, 4)), (2, 6, (2, 6)), (1, 8, (8, 1)), (3, 1, (1, 3)), (2, 16, (16, 2)), (2, 3, (1, 6))],
+)
+def test_ranks_of_a_layer_are_on_one_machine(machines: int, cards: int, layout: tuple[int, int]) -> None:
+    """Twelve cards on two machines were three stages of four: the second would have been on both."""
+    found = layout_of(LLAMA_8B, 1, machines * cards, machines)
+    assert found == Layout(tensor_parallel=layout[0], pipeline=layout[1], nodes=machines)
+
+
+@pytest.mark.parametrize(("cards", "nodes"), [(8, 1), (12, 3), (16, 2), (24, 3), (20, 5)])
+def test_machines_that_nobody_counted_are_the_fewest_with_whole_stages(cards: int, nodes: int) -> None:
+    found = layout_of(LLAMA_8B, 1, cards)
+    assert found is not None and found.nodes == nodes
+    assert found.pipeline % nodes == 0 and found.num_cards // nodes <= 8
+
+
+def test_the_command_of_a_plan_is_one_of_the_build() -> None:
+    """Cards on two machines: what was to be typed said nothing of the second one."""
+    asked = demand(dtype="int4", kv_dtype="fp8", group_size=128, concurrency=4, max_num_tokens=2048)
+    cards = parse_cards("2x8xH100-80", cpu=lambda: KNOWN["L4-24"])
+    plan = make_plan(LLAMA_70B, asked, cards)
+    assert plan.given is not None
+    command = build_command(asked, plan.given)
+    assert command == (
+        "pageflight build CHECKPOINT --engine torch --dtype int4 --kv-dtype fp8 --group-size 128 --max-model-len 8192"
+        " --tensor-parallel 8 --pipeline-parallel 2 --nodes 2 --launcher external"
+    )
+    assert f"Build it with: {command}" in sentences(plan)
+    assert "16 × H100-80 on 2 machines hold it" in verdict(plan, plan.given)
+    asked = demand(max_num_seqs=64, max_num_tokens=512, gpu_memory_utilization=0.8)
+    _, given = plan_of(LLAMA_70B, asked, 4, "H100-80")
+    command = build_command(asked, given)
+    assert command is not None and command.endswith(
+        "--tensor-parallel 4 --max-num-seqs 64 --max-num-tokens 512 --gpu-memory-utilization 0.8"
+    )
+    known = {name for each in typer.main.get_command(app).commands["build"].params for name in each.opts}  # type: ignore[attr-defined]
+    assert {word for word in command.split() if word.startswith("--")} <= known
+    assert build_command(demand(), plan_of(LLAMA_8B, demand(), 1, "H100-80")[1]) is None
+    assert build_command(demand(), plan_of(LLAMA_70B, demand(), 2, "L4-24")[1]) is None, "they do not hold it"
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"gpus=37xL4-24: 32 heads and 32 layers"):
         make_plan(LLAMA_8B, demand(), Cards(count=37, card=KNOWN["L4-24"]))
@@ -167,6 +211,7 @@ def test_memory_adds_up_to_the_card() -> None:
     """A component that is in no sum is found when the first request runs out of memory."""
     _, given = plan_of(LLAMA_70B, demand(concurrency=8), 2, "H100-94")
     parts = given.weight_bytes + given.table_bytes + given.pass_bytes + given.reserved_bytes + given.outside_bytes
+    parts += given.rows_bytes
     assert parts + given.kv_room_bytes == given.card.memory_bytes
     assert given.kv_bytes + given.head_room_bytes == given.kv_room_bytes
 
@@ -320,7 +365,7 @@ def test_everything_is_in_the_json(tmp_path: Path) -> None:
     data = json.loads(json.dumps(as_json(plan)))
     assert set(data) == {
         "model", "demand", "weight_bytes", "kv_bytes_per_token", "kv_block_tokens", "kv_bytes", "published_rule_bytes",
-        "holds", "given", "fewest", "instead", "sentences",
+        "holds", "given", "fewest", "instead", "build_command", "sentences",
     }  # fmt: skip
     assert data["holds"] is True and data["given"]["num_cards"] == 2 and data["fewest"][0]["num_cards"] == 2
     assert data["given"]["num_blocks"] == given.num_blocks and data["given"]["cache_tokens"] == given.num_blocks * 32

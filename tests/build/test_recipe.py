@@ -191,9 +191,15 @@ def test_ranks_that_do_not_work_are_refused_with_those_that_do(checkpoint: Path,
         attempt(2, engine=EngineOptions(dtype="fp32"))
     with pytest.raises(ConfigError, match="pipeline_parallel=2: only engine torch runs in stages, not openvino"):
         attempt(1, 2, engine=EngineOptions(dtype="fp32"))
-    on_gpus = ServingOptions(instances="cpu; gpu0,1", pipeline_parallel=2)
-    with pytest.raises(ConfigError, match="pipeline_parallel=2: stages run on processors only so far, not on gpu0,1"):
-        build(options(checkpoint, repository, engine=engine, serving=on_gpus))
+    for instances, message in (
+        ("gpu0,1 tensor_parallel=1", "gpu0,1: tensor_parallel=1, but the set has 2 GPUs"),
+        ("gpu0-2 pipeline_parallel=1 tensor_parallel=3", "tensor_parallel=3: must divide num_heads=4"),
+        ("gpu0-8 tensor_parallel=1 pipeline_parallel=9", "pipeline_parallel=9: each stage needs a layer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            attempt(1, serving=ServingOptions(instances=instances))
+    with pytest.raises(ConfigError, match="gpu0: pipeline_parallel=2, but the set has 1 GPU"):
+        attempt(1, serving=ServingOptions(instances="gpu0", pipeline_parallel=2))
 
 
 def test_a_deterministic_build_is_verified_once(checkpoint: Path, tmp_path: Path) -> None:

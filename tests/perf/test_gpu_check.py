@@ -17,6 +17,7 @@ from perf.gpu_check import (
     attention_checks,
     engine_checks,
     kernel_checks,
+    parallel_checks,
     sampling_checks,
     state_checks,
     tensorrt_checks,
@@ -31,6 +32,7 @@ from perf.gpu_check.models import SHAPES
 from perf.gpu_check.network_walk import WalkedSegments
 from perf.gpu_check.tensorrt_flavors import in_folder
 
+from pageflight.core.config import EngineConfig
 from pageflight.core.request import Request, SamplingParams
 from pageflight.kernels import gemm_int, tuning
 
@@ -225,6 +227,36 @@ def test_rows_rise_again_after_smaller_steps_were_captured(monkeypatch: pytest.M
     fall = rows.index(2)
     assert 4 in rows[:fall] and 4 in rows[fall:] and len(found) == sum(rows) == len(submitted)
     assert max(len(request.prompt_ids) + request.sampling.max_tokens for request in submitted) < 96
+
+
+def test_stages_that_are_processes_give_the_ids_of_one_card(tmp_path: Path) -> None:
+    """The runner of GPUs, a process for each stage and gloo between them; and one that says other ids than the card has
+    failed."""
+    one, two = parallel_checks.parallel(CARD, tmp_path, [(1, 2)])
+    assert "failed" not in two and two["tokens"] == one["tokens"] and float(str(two["there_and_back_us_1"])) > 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "last", "complaint"),
+    [([5, 6], -2.0, None), ([5, 7], -2.0, "other ids than on one card"), ([5, 6], -2.1, "other log probabilities")],
+)
+def test_cards_that_say_other_than_one_have_failed(
+    ids: list[int], last: float, complaint: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What two cards said was compared with itself."""
+    ranks = SimpleNamespace(measured=lambda *arguments: {"sum_us_1": 7.0}, close=lambda: None)
+    together = engine_checks.Driven({0: ids}, {0: [-1.0, last]})
+    monkeypatch.setattr(parallel_checks, "Ranks", lambda *arguments: ranks)
+    monkeypatch.setattr(parallel_checks, "_served", lambda *arguments: together)
+    alone = engine_checks.Driven({0: [5, 6]}, {0: [-1.0, -2.0]})
+    record = parallel_checks._compared("two", CARD, tmp_path, EngineConfig(), alone, 2, 1)
+    assert record.get("failed") == complaint and record["sum_us_1"] == 7.0
+
+
+def test_a_card_alone_is_not_taken_for_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = list(parallel_checks.parallel(Card(torch.device("cuda")), tmp_path))
+    assert found == [{"name": "parallel", "skipped": "1 card"}]
 
 
 def test_a_card_is_idle_where_nothing_runs() -> None:

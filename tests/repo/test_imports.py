@@ -62,6 +62,8 @@ IN_PROCESS = {
     "kernel_checks.py",
     "models.py",
     "network_walk.py",
+    "parallel_checks.py",
+    "parallel_rank.py",
     "prefix_cache.py",
     "responses.py",
     "sampling_checks.py",

@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,23 +26,23 @@ from pageflight.sched.scheduler import Scheduler
 VOCAB, MAX_LEN = 199, 160
 
 
-def make_checkpoint(folder: Path, num_layers: int = 2) -> LlamaForCausalLM:
+def make_checkpoint(folder: Path, num_layers: int = 2, **changes: object) -> LlamaForCausalLM:
     """Saved to `folder` and returned; wide enough logits that no greedy choice is a near-tie."""
     torch.manual_seed(7)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        vocab_size=VOCAB,
-        max_position_embeddings=MAX_LEN,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": MAX_LEN,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "attn_implementation": "eager",
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.plan import RowStart, StepPlan
+from pageflight.core.request import SamplingParams
 from pageflight.kv.capacity import DEFAULT_FRACTION, FreeMemory, resolve_capacity
 from pageflight.lowering import registry
 from pageflight.lowering.device_blocks import DeviceBlocks, DeviceInputs
@@ -28,6 +30,9 @@ from pageflight.lowering.engine_dir import open_engine
 from pageflight.lowering.torch_cache import BlockCache
 from pageflight.models.config import DecoderConfig
 from pageflight.runners import device_factory
+from pageflight.runners.device import DeviceRunner
+from pageflight.runners.device_rows import rows_bytes
+from pageflight.runners.device_wishes import wishes_bytes
 from pageflight.runners.factory import load_engine
 from pageflight_build.plan import fit as fits
 from pageflight_build.plan.cards import GIB, Card
@@ -158,6 +163,31 @@ def test_blocks_are_those_of_a_gpu(kv_dtype: str) -> None:
     assert device.bytes_per_block == BlockCache.bytes_per_block(CONFIG, kv_dtype, 32)
 
 
+def test_rows_take_what_a_gpu_s_runner_allocates() -> None:
+    """Rows and scores were in no plan: a card that was to suffice for 256 of them and a large vocabulary did not."""
+    config = replace(CONFIG, vocab_size=128_256, hidden_size=16)
+    model, before = kernel_model(config)
+    model.blocks.free()
+    num_rows, longest = 64, 2048
+    penalty = SamplingParams(presence_penalty=0.5)
+    starts = tuple(RowStart(row, row, 0, np.ones(2, np.int32), 2, penalty) for row in range(num_rows))
+    nothing = np.zeros(0, np.int32)
+    plan = StepPlan(step=0, rows=nothing, starts_at=nothing, lengths=nothing, samples=nothing == 1, starts=starts)
+    sizes = {"num_blocks": 1, "max_num_seqs": num_rows, "max_num_tokens": 64, "max_model_len": longest}
+    with LiveBytes() as live:
+        live.ignore(*before)
+        runner = DeviceRunner(model, **sizes)
+        wishes = runner._wishes.prepared(plan)
+    assert model.blocks.cache is not None and len(wishes) == num_rows
+    staging = sum(buffer.nbytes for buffer in runner._rows._staging._host)  # on the host
+    measured = live.now - staging - model.blocks.cache.nbytes
+    (share,) = shares_of(config, Demand(context=longest, max_num_seqs=num_rows), Layout(), Holder())
+    assert share.rows_bytes == rows_bytes(num_rows, longest, 32) + wishes_bytes(num_rows, config.vocab_size)
+    assert share.rows_bytes == pytest.approx(measured, rel=0.1)
+    first, last = shares_of(config, Demand(context=longest, max_num_seqs=num_rows), Layout(pipeline=2), Holder())
+    assert last.rows_bytes == share.rows_bytes and first.rows_bytes == rows_bytes(num_rows, longest, 32)
+
+
 def test_constants_are_those_of_the_engine() -> None:
     """They are written down twice, because a build imports no runner."""
     assert device_factory.RESERVED_BYTES == fits.RESERVED_BYTES and fits.CPU_FRACTION == DEFAULT_FRACTION
@@ -188,7 +218,7 @@ def test_blocks_are_as_many_as_a_gpu_engine_would_make() -> None:
     demand = Demand(dtype="fp16", kv_dtype="fp16", context=128, max_num_seqs=100_000, max_num_tokens=64)
     planned = fit(CONFIG, demand, card, Layout())
     (share,) = shares_of(CONFIG, demand, Layout(), Holder())
-    used = share.weight_bytes + share.table_bytes + share.pass_bytes
+    used = share.weight_bytes + share.table_bytes + share.pass_bytes + share.rows_bytes
     free = int(card.memory_bytes * 0.9) - used - device_factory.RESERVED_BYTES
     capacity = resolve_capacity(
         KVConfig(block_size=32),

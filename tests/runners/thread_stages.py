@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 
 import torch
@@ -55,6 +56,9 @@ class StageCommunicator:
 
     def hear(self, results: torch.Tensor) -> torch.Tensor:
         return results.copy_(self._lines.announced[self.place.rank].get(timeout=PATIENCE_S))
+
+    def expect(self, results: torch.Tensor) -> Callable[[], object]:
+        return partial(self.hear, results)
 
     def _gathered(self, meeting: Meeting, index: int, x: torch.Tensor) -> torch.Tensor:
         meeting.slots[index] = x

@@ -41,10 +41,11 @@ class Card:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cards:
-    """So many cards of one kind."""
+    """So many cards of one kind, shared alike by `num_machines`; 0: nobody has said how many these are."""
 
     count: int
     card: Card
+    num_machines: int = 0
 
 
 _GPUS = (  # name with the memory of the data sheet, MiB, GB/s, bf16 and fp8 in 10^12 operations a second, capability
@@ -106,36 +107,40 @@ def _known_cards() -> dict[str, Card]:
 
 
 KNOWN = _known_cards()
-_SPEC = re.compile(r"(?:([0-9]+)x)?([^@]+?)(?:@([0-9.]+)([GT])B/s)?", re.IGNORECASE)
+_SPEC = re.compile(r"(?:([0-9]+)x)?(?:([0-9]+)x)?([^@]+?)(?:@([0-9.]+)([GT])B/s)?", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9.]+)GiB", re.IGNORECASE)
 
 
 def parse_cards(text: str, cpu: Callable[[], Card]) -> Cards:
-    """Cards of "2xH100-94", "L4", "1g.12gb", "2x80GiB@3350GB/s" or "cpu@40GB/s". `cpu` describes this machine.
+    """Cards of "2xH100-94", "2x8xH100-80" (two machines), "L4", "1g.12gb", "2x80GiB@3350GB/s" or "cpu@40GB/s". `cpu`
+    describes this machine.
 
     A bandwidth after @ replaces the published one. Raises ConfigError naming what is known.
     """
     match = _SPEC.fullmatch(text.strip())
     if not match:
         raise _unknown(text)
-    count = int(match[1] or 1)
+    num_machines = int(match[1]) if match[2] else 0
+    count = int(match[2] or match[1] or 1) * (num_machines if match[2] else 1)
     if not 1 <= count <= 1024:
         raise ConfigError(f"gpus={text!r}: the number of cards must be from 1 to 1024")
-    name, size = match[2].strip(), _SIZE.fullmatch(match[2].strip())
+    name, size = match[3].strip(), _SIZE.fullmatch(match[3].strip())
     if name.lower() == "cpu":
         if count > 1:
             raise ConfigError(f"gpus={text!r}: there is one cpu, this machine's")
         card = cpu()
     elif size:
-        if not match[3]:
+        if not match[4]:
             raise ConfigError(f"gpus={text!r}: memory alone says nothing of speed; write {name}@3350GB/s")
         card = Card(name=name, kind="gpu", memory_bytes=_positive(text, size[1], GIB))
     else:
         card = _find(text, name)
-    if match[3]:
-        bandwidth = _positive(text, match[3], 10**9 if match[4].upper() == "G" else 10**12)
+    if num_machines and card.kind == "slice":
+        raise ConfigError(f"gpus={text!r}: slices work alone, on no machine together")
+    if match[4]:
+        bandwidth = _positive(text, match[4], 10**9 if match[5].upper() == "G" else 10**12)
         card = replace(card, bandwidth_bytes_s=float(bandwidth))
-    return Cards(count=count, card=card)
+    return Cards(count=count, card=card, num_machines=num_machines)
 
 
 def _positive(text: str, number: str, unit: int) -> int:

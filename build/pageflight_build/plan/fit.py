@@ -12,7 +12,7 @@ from pageflight_build.plan.layouts import Layout
 from pageflight_build.plan.shares import Holder, Share, shares_of
 
 RESERVED_BYTES = GIB
-"""What the engine leaves on a GPU for graphs, handles and rows of tokens."""
+"""What the engine leaves on a GPU for graphs and handles."""
 CPU_FRACTION = 0.5
 """Of the memory that is free once the weights are there: what the engine gives to K/V blocks on a CPU."""
 FP8_CAPABILITY = 89
@@ -22,7 +22,7 @@ FP8_CAPABILITY = 89
 class Fit:
     """Bytes are of the card that has least left. `kv_bytes` is what is asked for, `kv_room_bytes` what there is for it.
 
-    On a CPU a pass has the memory that blocks leave, and is not counted.
+    On a CPU a pass has the memory that blocks leave, and is not counted; nor are rows, which are small there.
 
     `head_room_bytes` is what remains of the budget beside all that was asked for, below 0 what is missing;
     `outside_bytes` is what the budget leaves out. `num_blocks`, `cache_tokens` and `max_concurrency` are what the
@@ -35,6 +35,7 @@ class Fit:
     weight_bytes: int
     table_bytes: int
     pass_bytes: int
+    rows_bytes: int
     reserved_bytes: int
     kv_room_bytes: int
     kv_bytes: int
@@ -69,6 +70,7 @@ def fit(config: DecoderConfig, demand: Demand, card: Card, layout: Layout) -> Fi
         weight_bytes=share.weight_bytes,
         table_bytes=share.table_bytes,
         pass_bytes=0 if card.kind == "cpu" else share.pass_bytes,
+        rows_bytes=0 if card.kind == "cpu" else share.rows_bytes,
         reserved_bytes=0 if card.kind == "cpu" else RESERVED_BYTES,
         kv_room_bytes=max(0, room),
         kv_bytes=asked * share.block_bytes,
@@ -97,7 +99,7 @@ def _room(card: Card, share: Share, demand: Demand) -> int:
         left = card.memory_bytes - fixed
         return int(left * CPU_FRACTION) if left > 0 else left
     budget = int(card.memory_bytes * demand.gpu_memory_utilization)
-    return budget - fixed - share.pass_bytes - RESERVED_BYTES
+    return budget - fixed - share.pass_bytes - share.rows_bytes - RESERVED_BYTES
 
 
 def _utilization(card: Card, demand: Demand) -> float:

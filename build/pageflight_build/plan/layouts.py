@@ -19,10 +19,11 @@ MOST_CARDS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """`pipeline` stages of `tensor_parallel` ranks each."""
+    """`pipeline` stages of `tensor_parallel` ranks each, on `nodes` machines with as many whole stages each."""
 
     tensor_parallel: int = 1
     pipeline: int = 1
+    nodes: int = 1
 
     @property
     def num_cards(self) -> int:
@@ -45,14 +46,24 @@ def rank_config(config: DecoderConfig, size: int, unit: int) -> DecoderConfig:
     return max(decoders, key=lambda decoder: decoder.num_parameters)
 
 
-def layout_of(config: DecoderConfig, unit: int, num_cards: int) -> Layout | None:
-    """`num_cards` cards: as many ranks as a machine can have and the heads allow, the rest by layers."""
-    for size in range(min(num_cards, CARDS_PER_MACHINE), 0, -1):
-        if num_cards % size or not shares_out(config, size, unit):
+def layout_of(config: DecoderConfig, unit: int, num_cards: int, num_machines: int = 0) -> Layout | None:
+    """`num_cards` cards on so many machines, or on the fewest there can be: as many ranks as a machine can have and the
+    heads allow, the rest by layers."""
+    together = num_cards // num_machines if num_machines else num_cards
+    most = together if num_machines else min(together, CARDS_PER_MACHINE)
+    for size in range(most, 0, -1):
+        if together % size or not shares_out(config, size, unit):
             continue
         stages = num_cards // size
-        return Layout(tensor_parallel=size, pipeline=stages) if stages <= config.num_layers else None
+        if stages > config.num_layers:
+            return None
+        return Layout(tensor_parallel=size, pipeline=stages, nodes=num_machines or _fewest_machines(size, stages))
     return None
+
+
+def _fewest_machines(size: int, stages: int) -> int:
+    """That share whole stages of `size` cards alike."""
+    return next(n for n in range(1, stages + 1) if stages % n == 0 and stages // n * size <= CARDS_PER_MACHINE)
 
 
 def layouts(config: DecoderConfig, unit: int) -> Iterator[Layout]:
@@ -61,4 +72,4 @@ def layouts(config: DecoderConfig, unit: int) -> Iterator[Layout]:
     for size in sizes:
         yield Layout(tensor_parallel=size)
     for stages in range(2, min(config.num_layers, MOST_CARDS // sizes[-1]) + 1):
-        yield Layout(tensor_parallel=sizes[-1], pipeline=stages)
+        yield Layout(tensor_parallel=sizes[-1], pipeline=stages, nodes=_fewest_machines(sizes[-1], stages))

@@ -89,7 +89,7 @@ def _given_layout(config: DecoderConfig, demand: Demand, cards: Cards) -> Layout
     if cards.card.kind != "gpu":
         return Layout()
     unit = input_unit(demand.dtype, demand.group_size)
-    layout = layout_of(config, unit, cards.count)
+    layout = layout_of(config, unit, cards.count, cards.num_machines)
     if layout is None:
         raise ConfigError(
             f"gpus={cards.count}x{cards.card.name}: {config.num_heads} heads and {config.num_layers} layers cannot be"

@@ -9,7 +9,7 @@ from pageflight_build.plan.demand import BLOCK_SIZE
 from pageflight_build.plan.fit import Fit
 from pageflight_build.plan.planner import Plan
 from pageflight_build.plan.rule import SizePlan
-from pageflight_build.plan.words import sentences, size_sentences
+from pageflight_build.plan.words import build_command, sentences, size_sentences
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "given": None if plan.given is None else fit_json(plan.given),
         "fewest": [fit_json(one) for one in plan.fits],
         "instead": {dtype: fit_json(one) for dtype, one in plan.instead.items()},
+        "build_command": None if plan.given is None else build_command(plan.demand, plan.given),
         "sentences": sentences(plan),
     }
 

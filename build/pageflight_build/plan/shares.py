@@ -33,6 +33,7 @@ class Share:
     read_bytes: int
     table_bytes: int
     pass_bytes: int
+    rows_bytes: int
     block_bytes: int
     num_matrix_parameters: int
     num_head_parameters: int
@@ -94,6 +95,12 @@ def pass_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, num_layers
     return element_bytes * max(layers, head)
 
 
+def rows_bytes(num_rows: int, num_positions: int, num_scores: int) -> int:
+    """Most that the rows of a GPU's runner take: tokens and block tables, and, where they are sampled, adjusted scores
+    and counts of `num_scores` ids each. Four bytes for everything."""
+    return 4 * num_rows * (num_positions + -(-num_positions // BLOCK_SIZE) + 2 * num_scores)
+
+
 def shares_of(config: DecoderConfig, demand: Demand, layout: Layout, holder: Holder) -> tuple[Share, ...]:
     """The fullest card of every stage."""
     rank = rank_config(config, layout.tensor_parallel, input_unit(demand.dtype, demand.group_size))
@@ -131,6 +138,7 @@ def _share(
             num_layers + (not stage.is_last),  # every layer but the model's last one has all rows
             activation_bytes(demand.dtype),
         ),
+        rows_bytes=rows_bytes(demand.max_num_seqs, demand.context, config.vocab_size if stage.is_last else 0),
         block_bytes=kv_bytes_per_block(rank, demand.kv_dtype, num_layers, holder),
         num_matrix_parameters=layers.num_parameters,
         num_head_parameters=stage.is_last * -(-config.vocab_size // layout.tensor_parallel) * config.hidden_size,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pageflight_build.options import STEP_TOKENS
 from pageflight_build.plan.cards import GIB, MIB, Card
-from pageflight_build.plan.demand import BLOCK_SIZE
+from pageflight_build.plan.demand import BLOCK_SIZE, Demand, default_kv_dtype
 from pageflight_build.plan.fit import CPU_FRACTION, Fit
-from pageflight_build.plan.layouts import CARDS_PER_MACHINE, MOST_CARDS, Layout
+from pageflight_build.plan.layouts import MOST_CARDS, Layout
 from pageflight_build.plan.planner import Plan
 from pageflight_build.plan.rule import SizePlan
 
@@ -29,8 +30,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def cards_named(card: Card, num_cards: int) -> str:
-    return card.name if num_cards == 1 else f"{num_cards} × {card.name}"
+def cards_named(card: Card, num_cards: int, num_machines: int = 1) -> str:
+    named = card.name if num_cards == 1 else f"{num_cards} × {card.name}"
+    return named if num_machines == 1 else f"{named} on {num_machines} machines"
+
+
+def cards_of(fit: Fit) -> str:
+    return cards_named(fit.card, fit.layout.num_cards, fit.layout.nodes)
 
 
 def split_named(layout: Layout) -> str:
@@ -68,7 +74,7 @@ def sentences(plan: Plan) -> list[str]:
 
 def verdict(plan: Plan, given: Fit) -> str:
     """One sentence: whether the given cards hold it, and what is missing."""
-    named, many = cards_named(given.card, given.layout.num_cards), given.layout.num_cards > 1
+    named, many = cards_of(given), given.layout.num_cards > 1
     if given.obstacle is not None:
         return f"{named} cannot do it: {given.obstacle}."
     if given.holds:
@@ -84,7 +90,7 @@ def _of_any(plan: Plan) -> list[str]:
         found = [f"One card is enough of: {', '.join(alone)}."]
     elif plan.fits:
         best = min(plan.fits, key=lambda one: one.layout.num_cards)
-        found = [f"No single card holds it. The fewest are {cards_named(best.card, best.layout.num_cards)}."]
+        found = [f"No single card holds it. The fewest are {cards_of(best)}."]
     else:
         return [f"No card of the table holds it, up to {MOST_CARDS} of them: ask for less context, or a smaller dtype."]
     sliced = [one.card.name for one in plan.fits if one.card.kind == "slice"]
@@ -103,7 +109,7 @@ def _of_given(plan: Plan, given: Fit) -> list[str]:
     if card.kind == "slice":
         found.append("A slice reaches no other slice's memory: several of them are several instances, never one model.")
     if given.holds:
-        found += [_ceiling(plan, given), *_fewer(plan, given)]
+        found += [_ceiling(plan, given), *_fewer(plan, given), *_how(plan, given)]
     else:
         found += _instead(plan, given)
     return found
@@ -121,7 +127,8 @@ def _memory(plan: Plan, given: Fit) -> str:
         start = (
             f"{each} {gib(given.card.memory_bytes)}, of which {plan.demand.gpu_memory_utilization:.0%} are"
             f" {gib(budget)}: weights {gib(given.weight_bytes)}, position tables {gib(given.table_bytes)}, the largest"
-            f" pass {gib(given.pass_bytes)}, {gib(given.reserved_bytes)} kept for graphs and handles"
+            f" pass {gib(given.pass_bytes)}, tokens, scores and counts of {plan.demand.max_num_seqs} rows"
+            f" {gib(given.rows_bytes)}, {gib(given.reserved_bytes)} kept for graphs and handles"
         )
     return (
         f"{start}. {gib(given.kv_room_bytes)} remain for K/V: {counted(given.num_blocks, 'block')},"
@@ -138,11 +145,46 @@ def _why_split(layout: Layout) -> list[str]:
             " of all cards at the same time."
         )
     if layout.pipeline > 1:
-        where = "across machines" if layout.num_cards > CARDS_PER_MACHINE else "where heads cannot be divided further"
+        where = "across machines" if layout.nodes > 1 else "where heads cannot be divided further"
         found.append(
             f"By layers (pipeline stages) it is divided {where}: stages tell each other little, but one sequence waits"
-            " for all of them in turn. pageflight runs stages on processors of one machine so far."
+            " for all of them in turn."
         )
+    return found
+
+
+def build_command(demand: Demand, fit: Fit) -> str | None:
+    """The build that a fit on several GPUs stands for; None for one card, whose build needs no words, and for cards
+    that do not hold it."""
+    layout = fit.layout
+    if not fit.holds or layout.num_cards == 1:
+        return None
+    options: dict[str, object] = {"engine": "torch", "dtype": demand.dtype}
+    if demand.kv_dtype != default_kv_dtype(demand.dtype):
+        options["kv-dtype"] = demand.kv_dtype
+    if demand.group_size:
+        options["group-size"] = demand.group_size
+    options |= {"max-model-len": demand.context, "tensor-parallel": layout.tensor_parallel}
+    if layout.pipeline > 1:
+        options["pipeline-parallel"] = layout.pipeline
+    if layout.nodes > 1:
+        options |= {"nodes": layout.nodes, "launcher": "external"}
+    defaults = Demand(context=demand.context, max_num_tokens=max(STEP_TOKENS["torch"], demand.max_num_seqs))
+    for name in ("max_num_seqs", "max_num_tokens", "gpu_memory_utilization"):
+        if getattr(demand, name) != getattr(defaults, name):
+            options[name.replace("_", "-")] = getattr(demand, name)
+    return " ".join(["pageflight build CHECKPOINT", *(f"--{name} {value}" for name, value in options.items())])
+
+
+def _how(plan: Plan, given: Fit) -> list[str]:
+    command = build_command(plan.demand, given)
+    if command is None:
+        return []
+    stages, nodes = given.layout.pipeline, given.layout.nodes
+    found = [f"Build it with: {command}"]
+    if nodes > 1:
+        each = counted(stages // nodes, "stage")
+        found.append(f"Each machine has {each}; ranks of all but the first are to be started there.")
     return found
 
 
@@ -180,7 +222,7 @@ def _instead(plan: Plan, given: Fit) -> list[str]:
             found.append(f"{counted(plan.demand.concurrency, 'sequence')} of {tokens:,} tokens would fit.")
     if plan.fits:
         best = plan.fits[0]
-        found.append(f"{cards_named(best.card, best.layout.num_cards)} would hold it ({split_named(best.layout)}).")
+        found.append(f"{cards_of(best)} would hold it ({split_named(best.layout)}).")
     for dtype, other in plan.instead.items():
         room = counted(other.max_concurrency, "such sequence")
         found.append(f"In {dtype}, with weights of {gib(other.weight_bytes)} a card, these would: room for {room}.")

@@ -21,7 +21,7 @@ from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, Launcher
 from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
 from pageflight.core.manifest import EngineManifest
-from pageflight.core.placement import Placement, num_ranks
+from pageflight.core.placement import Placement, Ranks, ranks_of
 from pageflight.loop.core_process import CoreSpec, FakeEngine
 from pageflight.loop.local import make_supervisor
 from pageflight.loop.sibling_stops import SiblingStops
@@ -136,15 +136,15 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
     except msgspec.DecodeError as error:
         raise ConfigError(f"config.pbtxt of {settings.name}: fake_engine={fake!r}: {error}") from None
     tenants = settings.text("tenants")
+    default = Ranks(settings.number("tensor_parallel", 1), settings.number("pipeline_parallel", 1))
+    ranks = ranks_of(placement.devices, placement.tensor_parallel, placement.pipeline_parallel, default)
     return CoreSpec(
         config=EngineConfig(
             kv=_cache(settings, placement, manifest.block_size),
             scheduler=_scheduler(settings, manifest.max_model_len),
             num_threads=settings.number("num_threads", 0) or _num_cores(placement.devices),
-            tensor_parallel=num_ranks(
-                placement.devices, placement.tensor_parallel, settings.number("tensor_parallel", 1)
-            ),
-            pipeline_parallel=settings.number("pipeline_parallel", 1),
+            tensor_parallel=ranks.tensor_parallel,
+            pipeline_parallel=ranks.pipeline_parallel,
             launcher=cast(LauncherName, settings.choice("launcher", get_args(LauncherName))),
             num_nodes=settings.number("nodes", 1),
             rank_port=settings.number("rank_port", 1),

@@ -46,7 +46,8 @@ def plan(
     gpus: Annotated[
         str,
         typer.Option(
-            help="What there is: 2xH100-94, L40S, H100-94/1g.12gb (a MIG slice), 2x80GiB@3350GB/s, cpu@40GB/s."
+            help="What there is: 2xH100-94, 2x8xH100-80 (two machines), L40S, H100-94/1g.12gb (a MIG slice),"
+            " 2x80GiB@3350GB/s, cpu@40GB/s."
             " Default: every card known, and how many of it are needed."
         ),
     ] = "",
@@ -152,7 +153,7 @@ def _say(lines: list[str]) -> None:
 
 
 def _given_table(fit: Fit) -> Table:
-    from pageflight_build.plan.words import cards_named, gib, rate, split_named
+    from pageflight_build.plan.words import cards_of, gib, rate, split_named
 
     top = fit.ceilings
     rows = [
@@ -161,6 +162,7 @@ def _given_table(fit: Fit) -> Table:
         ("weights", gib(fit.weight_bytes)),
         ("position tables", gib(fit.table_bytes)),
         ("largest pass", gib(fit.pass_bytes) if fit.pass_bytes else ""),
+        ("rows", gib(fit.rows_bytes) if fit.rows_bytes else ""),
         ("reserved", gib(fit.reserved_bytes) if fit.reserved_bytes else ""),
         ("left outside", gib(fit.outside_bytes) if fit.outside_bytes else ""),
         ("K/V room", f"{gib(fit.kv_room_bytes)}: {fit.num_blocks:,} blocks, {fit.cache_tokens:,} tokens"),
@@ -172,7 +174,7 @@ def _given_table(fit: Fit) -> Table:
         ("prompt ceiling", rate(top.prefill_tokens_s)),
     ]
     of = ", the fullest card" if fit.layout.num_cards > 1 else ""
-    title = f"{cards_named(fit.card, fit.layout.num_cards)}{of}"
+    title = f"{cards_of(fit)}{of}"
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, value in rows:
         if value:

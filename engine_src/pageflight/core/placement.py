@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pageflight.core.devices import DeviceSet, Item, items_text, parse_items
 from pageflight.core.errors import ConfigError
 
-_WORDS = ("engine_dir", "gpu_memory_utilization", "kv_memory", "tensor_parallel")
+_WORDS = ("engine_dir", "gpu_memory_utilization", "kv_memory", "tensor_parallel", "pipeline_parallel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Of one instance. What is None is the model's own parameter of that name.
 
-    `engine_dir` is relative to the repository; `kv_memory` in bytes; `tensor_parallel` the ranks that compute each step
-    together: every GPU of a set is one.
+    `engine_dir` is relative to the repository; `kv_memory` in bytes; `pipeline_parallel` the stages that its layers are
+    cut into, `tensor_parallel` the ranks of each: every GPU of a set is one.
     """
 
     devices: DeviceSet
@@ -24,26 +25,59 @@ class Placement:
     gpu_memory_utilization: float | None = None
     kv_memory: int | None = None
     tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
 
     def __post_init__(self) -> None:
-        num_ranks(self.devices, self.tensor_parallel)
+        check_stated(self.devices, self.tensor_parallel, self.pipeline_parallel)
 
 
-def num_ranks(devices: DeviceSet, stated: int | None, default: int = 1) -> int:
-    """How many compute each step of an instance: every GPU of a set, else what is `stated` for it, or the `default`.
+class Ranks(NamedTuple):
+    """How many compute each step of an instance: `pipeline_parallel` stages of `tensor_parallel` ranks."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+
+ALONE = Ranks()
+
+
+def ranks_of(
+    devices: DeviceSet, tensor_parallel: int | None, pipeline_parallel: int | None, default: Ranks = ALONE
+) -> Ranks:
+    """Of an instance for which these are stated; what is None is the `default`'s. Every GPU of a set is a rank, so
+    where nobody says how many a stage has, they are shared out among the stages.
 
     Raises ConfigError for another number than there are GPUs in the set.
     """
+    stages = default.pipeline_parallel if pipeline_parallel is None else pipeline_parallel
+    size = default.tensor_parallel if tensor_parallel is None else tensor_parallel
     if devices.kind != "gpu":
-        return default if stated is None else stated
+        return Ranks(size, stages)
     num_gpus = len(devices.numbers)
-    wanted = stated if stated is not None else default if default != 1 else num_gpus
-    if wanted != num_gpus:
-        raise ConfigError(
-            f"{devices}: tensor_parallel={wanted}, but the set has {num_gpus} GPU{'s' if num_gpus > 1 else ''};"
-            " they must be as many"
-        )
-    return num_gpus
+    if tensor_parallel is None and size == 1:
+        size = max(1, num_gpus // stages)
+    if size * stages != num_gpus:
+        raise _wrong_number(devices, size, stages)
+    return Ranks(size, stages)
+
+
+def check_stated(devices: DeviceSet, tensor_parallel: int | None, pipeline_parallel: int | None) -> None:
+    """Raises ConfigError for numbers of which no default makes as many as there are GPUs in the set."""
+    product = (tensor_parallel or 1) * (pipeline_parallel or 1)
+    is_whole = tensor_parallel is not None and pipeline_parallel is not None
+    num_gpus = len(devices.numbers)
+    if devices.kind == "gpu" and (num_gpus % product or (is_whole and product != num_gpus)):
+        raise _wrong_number(devices, tensor_parallel, pipeline_parallel)
+
+
+def _wrong_number(devices: DeviceSet, tensor_parallel: int | None, pipeline_parallel: int | None) -> ConfigError:
+    sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    named = " times ".join(f"{name}={size}" for name, size in sizes.items() if (size or 1) != 1)
+    num_gpus = len(devices.numbers)
+    return ConfigError(
+        f"{devices}: {named or 'tensor_parallel=1'}, but the set has {num_gpus} GPU{'s' if num_gpus > 1 else ''};"
+        " they must be as many"
+    )
 
 
 def parse_placements(option: str, text: str) -> tuple[Placement, ...]:
@@ -67,7 +101,7 @@ def number_word(item: Item, name: str) -> int | None:
     value = item.words.get(name)
     if value is not None and not value.isdigit():
         raise ConfigError(f"{item.where}: {name}={value!r} is not a whole number")
-    if name == "tensor_parallel" and value is not None and int(value) < 1:
+    if name in ("tensor_parallel", "pipeline_parallel") and value is not None and int(value) < 1:
         raise ConfigError(f"{item.where}: {name}={value}: must be at least 1")
     return None if value is None else int(value)
 
@@ -97,6 +131,7 @@ def _placement(item: Item) -> Placement:
             gpu_memory_utilization=share_word(item),
             kv_memory=number_word(item, "kv_memory"),
             tensor_parallel=number_word(item, "tensor_parallel"),
+            pipeline_parallel=number_word(item, "pipeline_parallel"),
         )
     except ConfigError as error:
         text = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from pageflight.models.stages import Place
@@ -44,3 +45,6 @@ class Communicator(Protocol):
 
     def hear(self, results: Tensor) -> Tensor:
         """Wait for what the last stage announces; fills `results`. May be called by another thread than the rest."""
+
+    def expect(self, results: Tensor) -> Callable[[], object]:
+        """The same in two parts: be ready for it now, and wait by a call of what is returned."""

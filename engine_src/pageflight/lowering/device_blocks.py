@@ -35,7 +35,7 @@ _SHORTAGES = ("out of memory", "ALLOC_FAILED")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceInputs:
-    """One forward pass, all tensors int32 on the device.
+    """One forward pass, all tensors int32 on the device but for `hidden_TH`.
 
     A pass with `lens_S` decodes: one token a row, `lens_S` keys that it sees, its own included (0: padding). A pass
     with `token_begins` [S + 1] and `past_lens_S` may have chunks of at most `max_query_len` tokens. `take_L` picks the
@@ -55,6 +55,7 @@ class DeviceInputs:
     long_lens_S: Tensor | None = None
     workspace: SplitWorkspace | None = None
     tiles: AttentionTiles | None = None  # of decoding; None: unmeasured
+    hidden_TH: Tensor | None = None  # of the stage before, in the type of activations; it may be overwritten
 
 
 class DeviceBlocks:

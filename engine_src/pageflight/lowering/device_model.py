@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from pageflight.lowering.parallel_ops import ParallelOps
 from pageflight.models.config import DecoderConfig
 from pageflight.models.decoder import decoder
 from pageflight.models.ops import Ops
-from pageflight.models.weights import EMBED
+from pageflight.models.stages import Place, Stage, whole
+from pageflight.models.weights import LayerNames
 from pageflight.quant.sharding import ShardStore
 from pageflight.quant.store import Weights
 
@@ -38,8 +40,10 @@ COMPUTE = {
 class DeviceModel(ABC):
     """Runs passes on the device of its `blocks` with tensors that are there already; nothing waits for the host."""
 
-    def __init__(self, config: DecoderConfig, blocks: DeviceBlocks) -> None:
+    def __init__(self, config: DecoderConfig, blocks: DeviceBlocks, stage: Stage | None = None) -> None:
+        """`stage`: the layers of `config`, if they are not all of the model."""
         self.config, self.blocks, self.device = config, blocks, blocks.device
+        self.stage = stage or whole(config)
 
     @property
     @abstractmethod
@@ -48,7 +52,14 @@ class DeviceModel(ABC):
 
     @abstractmethod
     def forward(self, inputs: DeviceInputs) -> Tensor:
-        """Logits [L, V]. May be captured in a graph where `inputs` stay in place."""
+        """Logits [L, V], or of a stage that is not the last what the next one takes: [T, H]. May be captured in a graph
+        where `inputs` stay in place."""
+
+    def hidden(self, num_tokens: int) -> Tensor | None:
+        """Room for what the stage before passes on: [T, H]. None for one that begins with ids."""
+        if self.stage.is_first:
+            return None
+        return torch.zeros(num_tokens, self.config.hidden_size, dtype=self.activations, device=self.device)
 
     @property
     def prepares_sizes(self) -> bool:
@@ -81,6 +92,7 @@ class DeviceModel(ABC):
                 past_lens_S=zeros(1),
                 max_query_len=num_tokens,
                 take_L=zeros(num_rows),
+                hidden_TH=self.hidden(num_tokens),
             )
         )
         torch.cuda.synchronize(self.device)
@@ -98,11 +110,17 @@ class KernelModel(DeviceModel):
     """The decoder on our kernels and torch's products."""
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, DeviceWeight], blocks: DeviceBlocks, *, max_model_len: int
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, DeviceWeight],
+        blocks: DeviceBlocks,
+        *,
+        max_model_len: int,
+        stage: Stage | None = None,
     ) -> None:
-        """`weights`: every one of the definition, on the device."""
-        super().__init__(config, blocks)
-        self._activations = weights[EMBED].values.dtype
+        """`weights`: every one that the definition reads of these layers, on the device."""
+        super().__init__(config, blocks, stage)
+        self._activations = weights[LayerNames.of(self.stage.begin).input_norm].values.dtype
         self._ops = DeviceOps(config, weights, blocks, num_positions=max_model_len)
         self._decoder_ops: Ops[Any] = self._ops
 
@@ -118,19 +136,22 @@ class KernelModel(DeviceModel):
         compute: torch.dtype | None = None,
         communicator: Communicator | None = None,
     ) -> KernelModel:
-        """An engine onto a device, or one rank's part of it. `compute`: the type of activations, by default that of the
-        engine's dtype."""
+        """An engine onto a device, or one rank's part of it: of its stage, its heads. `compute`: the type of
+        activations, by default that of the engine's dtype."""
         manifest, config, store = engine.manifest, engine.config, engine.weights
-        split = engine.split(communicator.place.shard) if communicator is not None else None
+        place = communicator.place if communicator is not None else Place(rank=0)
+        split = engine.split(place.shard) if place.tensor_parallel > 1 else None
+        stage = engine.stages(place.pipeline_parallel)[place.stage]
         rank_config = config if split is None else split.rank_config
+        rank_config = replace(rank_config, num_layers=stage.end - stage.begin)
         parts: Weights = store if split is None else ShardStore(store, split)
         compute = compute or COMPUTE[manifest.dtype]
-        weights = load_weights(parts, rank_config, compute, device)
+        weights = load_weights(parts, stage.names(config), compute, device)
         # The reference computes in float32; here queries are narrower, and keys and values are rounded to their type.
         narrow = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(compute)
         kv_dtype = narrow if narrow and manifest.kv_dtype == "fp32" else manifest.kv_dtype
         blocks = DeviceBlocks(rank_config, kv_dtype, manifest.block_size, device)
-        model = cls(rank_config, weights, blocks, max_model_len=manifest.max_model_len)
+        model = cls(rank_config, weights, blocks, max_model_len=manifest.max_model_len, stage=stage)
         if split is not None and communicator is not None:
             model._decoder_ops = ParallelOps(model._decoder_ops, split, communicator)
         return model
@@ -138,5 +159,4 @@ class KernelModel(DeviceModel):
     @torch.inference_mode()
     def forward(self, inputs: DeviceInputs) -> Tensor:
         self._ops.prepare(inputs)
-        logits: Tensor = decoder(self._decoder_ops, self.config)
-        return logits
+        return self._ops.value(decoder(self._decoder_ops, self.config, self.stage, inputs.hidden_TH))

@@ -108,6 +108,10 @@ class DeviceOps:
     def prepare(self, inputs: DeviceInputs) -> None:
         self._pass = inputs
 
+    def value(self, x: Value) -> Tensor:
+        """What an operation has left for the next one to do is done: for values that leave the decoder."""
+        return _tensor(x)
+
     # --- operations of the decoder ---
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:

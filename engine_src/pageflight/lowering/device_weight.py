@@ -5,6 +5,7 @@ Shapes: T packed tokens, N outputs, K inputs, G groups of inputs per output.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,6 @@ from torch.nn import functional
 from pageflight.kernels.activation import quantise_fp8, quantise_fp8_per_token
 from pageflight.kernels.gemm_fp8 import scaled_mm
 from pageflight.kernels.gemm_int import RUN, gemm_int4, gemm_int8, pack_int4
-from pageflight.models.config import DecoderConfig
-from pageflight.models.weights import EMBED, HEAD, expected_shapes
 from pageflight.quant.store import Weights
 from pageflight.quant.weight import Weight
 
@@ -79,13 +78,13 @@ class DeviceWeight:
 
 
 def load_weights(
-    weights: Weights, config: DecoderConfig, compute: torch.dtype, device: torch.device
+    weights: Weights, names: Iterable[str], compute: torch.dtype, device: torch.device
 ) -> dict[str, DeviceWeight]:
-    """Every weight of the definition; a tied head that is not stored for itself is the embedding."""
-    loaded = {name: DeviceWeight.of(weights[name], compute, device) for name in expected_shapes(config)}
-    if HEAD not in loaded:
-        is_shared = weights.stored_name(HEAD) != HEAD
-        loaded[HEAD] = loaded[EMBED] if is_shared else DeviceWeight.of(weights[HEAD], compute, device)
+    """The weights of these names; a tied head that is not stored for itself is the embedding, if that is here."""
+    loaded: dict[str, DeviceWeight] = {}
+    for name in names:
+        shared = loaded.get(weights.stored_name(name))
+        loaded[name] = DeviceWeight.of(weights[name], compute, device) if shared is None else shared
     return loaded
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -115,9 +116,14 @@ class GroupCommunicator:
             self._send(results, rank, self._announcing)
 
     def hear(self, results: Tensor) -> Tensor:
-        last = self.place.num_ranks - self.place.tensor_parallel + self.place.shard.rank
-        dist.recv(results, last, group=self._announcing)
+        self.expect(results)()
         return results
+
+    def expect(self, results: Tensor) -> Callable[[], object]:
+        last = self.place.num_ranks - self.place.tensor_parallel + self.place.shard.rank
+        work = dist.irecv(results, last, group=self._announcing)
+        assert work is not None, "both are of the group"
+        return work.wait
 
     def _send(self, x: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
         """Without waiting for who receives; a few steps' tensors are kept for those that are behind."""

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import TypeVar
@@ -44,15 +44,23 @@ _NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Flight:
-    """A step on its way: `results` int32 [3, L] on the host, there once `arrived` has happened; None where no row
-    runs. `log_probs_L`: who asked for them."""
+class Results:
+    """Of a pass, on their way: int32 [3, L] on the host, there once `arrived` has happened, copied from `kept`.
+    `lines`: which of the step's they are."""
+
+    lines: Int32Array
+    on_host: Tensor
+    kept: Tensor
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A step on its way. `log_probs_L`: who asked for them."""
 
     plan: StepPlan
     log_probs_L: NDArray[np.bool_]
-    results: Tensor | None = None
-    kept: Tensor | None = None  # what they are copied from, until then
-    arrived: torch.cuda.Event | None = None
+    results: list[Results] = field(default_factory=list)
 
 
 class DeviceRunner:
@@ -73,8 +81,10 @@ class DeviceRunner:
         num_host_blocks: int = 0,
         uses_graphs: bool = True,
         is_alone: bool = True,
+        num_passes: int = MAX_IN_FLIGHT,
     ) -> None:
-        """`is_alone` False for one of several ranks, whose passes are sums with the others: it repeats none."""
+        """`is_alone` False for one of several ranks, whose passes are sums with the others: it repeats none.
+        `num_passes`: as many may be in flight, parts of `MAX_IN_FLIGHT` steps."""
         model.blocks.allocate(num_blocks, num_host_blocks)
         device = model.device
         self.limits = RunnerLimits(
@@ -94,12 +104,14 @@ class DeviceRunner:
             max_model_len=max_model_len,
             block_size=model.blocks.block_size,
             device=device,
+            num_passes=num_passes,
         )
+        self._hidden = model.hidden(max_num_tokens)
         self.num_shortages = 0
         """How often memory did not suffice and was found."""
-        self._wishes = RowWishes(max_num_seqs, model.config.vocab_size, device)
-        self._in_flight: deque[_Flight] = deque()
-        self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device)
+        self._wishes = RowWishes(max_num_seqs, model.config.vocab_size, device, samples=model.stage.is_last)
+        self._in_flight: deque[Flight] = deque()
+        self._workspace = Workspace(max_num_seqs, model.config.vocab_size, device) if model.stage.is_last else None
         self._splits: dict[int, tuple[SplitWorkspace | None, AttentionTiles]] = {}
         self._num_sms = 0
         if device.type == "cuda":
@@ -155,42 +167,45 @@ class DeviceRunner:
 
     def _submit(self, plan: StepPlan) -> None:
         """Every part that takes memory may run twice: the second time it finds, or does again, what the first did."""
+        self._change(plan)
+        flight = Flight(plan, self._wishes.log_probs_of(plan.rows[plan.samples]))
+        if not plan.rows.size:
+            self._rows.flush()
+        else:
+            begin, lines = self._staged(plan), np.arange(len(flight.log_probs_L), dtype=np.int32)
+            flight.results.append(self._within_memory(lambda: self._fetched(begin, lines)))
+        self._in_flight.append(flight)
+
+    def _change(self, plan: StepPlan) -> None:
+        """What the plan changes before it runs; of rows it is there with the next pass."""
         wishes = self._within_memory(lambda: self._wishes.prepared(plan))
         self._wishes.change(plan, wishes)
         self._rows.change(plan, wishes)
         for copy in self._copies_of(plan):
             self._within_memory(copy)
-        rows_L = plan.rows[plan.samples]
-        flight = _Flight(plan, self._wishes.log_probs_of(rows_L))
-        if not plan.rows.size:
-            self._rows.flush()
-        else:
-            kinds = self._wishes.kinds_of(rows_L)
-            if plan.num_tokens == plan.rows.size and plan.samples.all():
-                bucket = self._graphs.bucket_of(plan.rows.size)
-                staged = self._rows.stage_decode(plan.rows, plan.starts_at, bucket)
-                begin = partial(self._graphs.run, staged, *kinds)
-            else:
-                staged = self._rows.stage_mixed(plan, plan.num_tokens)
-                begin = partial(self._mixed, plan, staged, *kinds)
-            started = flight
-            flight = self._within_memory(lambda: self._fetched(started, begin, len(staged.sample_rows_L)))
-        self._in_flight.append(flight)
+
+    def _staged(self, plan: StepPlan) -> Callable[[], Tensor]:
+        """What begins the pass of a plan that has rows, which are on their way to the device."""
+        kinds = self._wishes.kinds_of(plan.rows[plan.samples])
+        if is_decode(plan):
+            staged = self._rows.stage_decode(plan.rows, plan.starts_at, self._graphs.bucket_of(plan.rows.size))
+            return partial(self._graphs.run, staged, *kinds)
+        return partial(self._mixed, plan, self._rows.stage_mixed(plan, plan.num_tokens), *kinds)
 
     def collect(self) -> StepResult:
         """Wait for the oldest submitted plan and return its ids; rows whose logits are not finite are `broken`."""
         assert self._in_flight, "submit() comes before collect()"
         flight = self._in_flight.popleft()
-        plan, num_lines = flight.plan, len(flight.log_probs_L)
-        if flight.results is None or not num_lines:
-            return StepResult(plan.step, _NO_IDS)
-        if flight.arrived is not None:
-            flight.arrived.synchronize()
-        ids_L, log_prob_bits_L, are_bad_L = flight.results[:, :num_lines].numpy()
+        found = np.zeros((3, len(flight.log_probs_L)), np.int32)
+        for results in flight.results:
+            if results.arrived is not None:
+                results.arrived.synchronize()
+            found[:, results.lines] = results.on_host.numpy()
+        ids_L, log_prob_bits_L, are_bad_L = found
         broken_L, log_probs_L = are_bad_L.astype(np.bool_), None
         if flight.log_probs_L.any():
             log_probs_L = np.where(flight.log_probs_L, log_prob_bits_L.view(np.float32), np.float32(np.nan))
-        return StepResult(plan.step, ids_L, log_probs_L, broken_L if broken_L.any() else None)
+        return StepResult(flight.plan.step, ids_L, log_probs_L, broken_L if broken_L.any() else None)
 
     def close(self) -> None:
         if self._device.type == "cuda":
@@ -210,7 +225,7 @@ class DeviceRunner:
         self._mixed(plan, self._rows.stage_mixed(plan, plan.num_tokens), False, False)
 
     def _decode(self, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
-        """One token for every row, from its row to its result; what a graph captures."""
+        """One token for every row, from its row to its result, or to the next stage; what a graph captures."""
         bucket = len(staged.rows_S)
         ids, positions, slots, lens = (self._integers(bucket) for _ in range(4))
         self._prepare(staged, ids, positions, slots, lens)
@@ -223,11 +238,12 @@ class DeviceRunner:
             lens_S=lens,
             workspace=workspace,
             tiles=tiles,
+            hidden_TH=self._hidden_of(bucket),
         )
         return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 
     def _mixed(self, plan: StepPlan, staged: StagedStep, filters: bool, adjusts: bool) -> Tensor:
-        """Tokens of rows as planned, from their rows to the results of those that sample."""
+        """Tokens of rows as planned, from their rows to the results of those that sample, or to the next stage."""
         ids, positions, slots = (self._integers(plan.num_tokens) for _ in range(3))
         self._prepare(staged, ids, positions, slots, None)
         workspace, tiles = None, None
@@ -245,6 +261,7 @@ class DeviceRunner:
             long_lens_S=None if workspace is None else staged.long_lens_S,
             workspace=workspace,
             tiles=tiles,
+            hidden_TH=self._hidden_of(plan.num_tokens),
         )
         return self._sample(self._model.forward(inputs), staged.sample_rows_L, filters, adjusts)
 
@@ -274,16 +291,23 @@ class DeviceRunner:
     def _tables(self, rows_S: Tensor) -> Tensor:
         return self._rows.tables_RB.index_select(0, rows_S.clamp_min(0))
 
-    def _sample(self, logits_LV: Tensor, rows_L: Tensor, filters: bool, adjusts: bool) -> Tensor:
-        """Choose ids, make them tokens of their rows, and return what the host wants to know: int32 [3, L]."""
+    def _hidden_of(self, num_tokens: int) -> Tensor | None:
+        """Where the stage before has left what a pass begins with."""
+        return None if self._hidden is None else self._hidden[:num_tokens]
+
+    def _sample(self, out: Tensor, rows_L: Tensor, filters: bool, adjusts: bool) -> Tensor:
+        """Choose ids, make them tokens of their rows, and return what the host wants to know: int32 [3, L]. `out` are
+        logits, or what a stage that is not the last passes on: that is returned."""
+        if self._workspace is None:
+            return out
         rows, num_lines = self._rows, len(rows_L)
         # Nothing is allocated after the first kernel: a pass that runs again for want of memory has counted no token.
-        out = self._workspace.sampled(num_lines)
+        sampled = self._workspace.sampled(num_lines)
         results = torch.empty(3, num_lines, dtype=torch.int32, device=self._device)
         if not num_lines:
             return results
         sample(
-            logits_LV,
+            out,
             rows_L,
             rows.state,
             rows.num_tokens_R,
@@ -292,35 +316,42 @@ class DeviceRunner:
             stride_tokens=rows.stride_tokens,
             filters=filters,
             adjusts=adjusts,
-            out=out,
+            out=sampled,
         )
         append(
             rows.state,
             rows.num_tokens_R,
             rows_L,
-            out.ids_L,
-            out.log_probs_L,
-            out.are_bad_L,
+            sampled.ids_L,
+            sampled.log_probs_L,
+            sampled.are_bad_L,
             results,
             stride_tokens=rows.stride_tokens,
         )
         return results
 
-    def _fetched(self, flight: _Flight, begin: Callable[[], Tensor], num_lines: int) -> _Flight:
-        """The results of a pass on their way to the host, on a stream of their own: the next step need not wait.
+    def _fetched(self, begin: Callable[[], Tensor], lines: Int32Array) -> Results:
+        """The results of a pass, which begins here. All memory that they need is there before it does."""
+        kept, on_host = self._room(len(lines))
+        kept.copy_(begin()[:, : len(lines)])  # a captured graph writes to the same place again
+        return self._sent_home(lines, kept, on_host)
 
-        All memory that they need is there before the pass begins.
-        """
+    def _room(self, num_lines: int) -> tuple[Tensor, Tensor]:
+        """For results, on the device and on the host: the same where that is one."""
         kept = torch.empty(3, num_lines, dtype=torch.int32, device=self._device)
         if self._copies is None:
-            return replace(flight, results=kept.copy_(begin()))
-        on_host = torch.empty(kept.shape, dtype=torch.int32, pin_memory=True)
-        kept.copy_(begin())  # a captured graph writes to the same place again
+            return kept, kept
+        return kept, torch.empty(kept.shape, dtype=torch.int32, pin_memory=True)
+
+    def _sent_home(self, lines: Int32Array, kept: Tensor, on_host: Tensor) -> Results:
+        """What the current stream leaves in `kept` goes to the host on a stream of its own: the next step need not
+        wait."""
+        if self._copies is None:
+            return Results(lines, on_host, kept)
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             on_host.copy_(kept, non_blocking=True)
-            arrived = self._copies.record_event()
-        return replace(flight, results=on_host, kept=kept, arrived=arrived)
+            return Results(lines, on_host, kept, self._copies.record_event())
 
     def _within_memory(self, call: Callable[[], T]) -> T:
         """`call`, and once more where memory did not suffice, after giving up what can be spared."""
@@ -378,6 +409,11 @@ class DeviceRunner:
                 workspace = SplitWorkspace.empty(*sizes, self._device)
             self._splits[num_rows] = workspace, tiles
         return self._splits[num_rows]
+
+
+def is_decode(plan: StepPlan) -> bool:
+    """Whether a plan is one token for each of its rows, all of which sample: such passes are captured."""
+    return bool(plan.num_tokens == plan.rows.size and plan.samples.all())
 
 
 def _up_to(most: int) -> list[int]:

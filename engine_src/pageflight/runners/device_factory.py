@@ -6,6 +6,7 @@ import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from pageflight.lowering.tensorrt_model import load_segments
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_rows import rows_bytes
+from pageflight.runners.device_stage import DeviceStageRunner, open_lines
 from pageflight.runners.device_wishes import wishes_bytes
 
 log = logging.getLogger(__name__)
@@ -52,9 +54,9 @@ def load_on_gpu(
     Blocks get what is left of `kv.gpu_memory_utilization` of the GPU's memory beside weights and the largest pass,
     which is measured; what others have of the GPU is not counted, as long as there is enough beside it.
     `num_instances` that may use the same GPU have that part of its memory in equal shares. With a `communicator` this
-    is one rank's part of an engine, on its own GPU: sizes of the cache are shared by the ranks, and all have as many
-    blocks as the one with the fewest. Where one rank cannot run TensorRT engines, none does. Raises
-    ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
+    is one rank's part of an engine, on its own GPU: of its stage, its heads. Sizes of the cache are shared by the
+    ranks, and all have as many blocks as the one with the fewest. Where one rank cannot run TensorRT engines, none
+    does. Raises ManifestMismatch for an engine that does not fit, ConfigError for settings that cannot work.
     """
     if config.scheduler.deterministic:
         raise ConfigError("deterministic: not available on a GPU yet; leave it out, or build with --engine openvino")
@@ -62,12 +64,16 @@ def load_on_gpu(
         check_launcher()
     model, longest = _model(engine_dir, device, communicator)
     if communicator is not None:
-        config = replace(config, kv=_share(config.kv, communicator.place.tensor_parallel))
+        if communicator.place.pipeline_parallel > 1:
+            open_lines(communicator, device)
+        own_bytes = model.blocks.bytes_per_block
+        config = replace(config, kv=_share(config.kv, own_bytes, communicator.total(own_bytes)))
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
-    pass_bytes += wishes_bytes(scheduler.max_num_seqs, model.config.vocab_size)
     pass_bytes += rows_bytes(scheduler.max_num_seqs, scheduler.max_model_len, model.blocks.block_size)
+    if model.stage.is_last:
+        pass_bytes += wishes_bytes(scheduler.max_num_seqs, model.config.vocab_size)
     free = _free(device, config, pass_bytes, num_instances)
     capacity = resolve_capacity(
         replace(config.kv, block_size=model.blocks.block_size),
@@ -81,11 +87,15 @@ def load_on_gpu(
     if communicator is not None:
         capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks), "a rank has no more")
     log.info("%s: a pass takes %d bytes; cache: %s", device, pass_bytes, capacity.reason)
-    return _runner(model, capacity, scheduler, most_tokens, is_alone=communicator is None)
+    return _runner(model, capacity, scheduler, most_tokens, communicator)
 
 
 def _runner(
-    model: DeviceModel, capacity: Capacity, scheduler: SchedulerConfig, most_tokens: int, *, is_alone: bool
+    model: DeviceModel,
+    capacity: Capacity,
+    scheduler: SchedulerConfig,
+    most_tokens: int,
+    communicator: Communicator | None,
 ) -> tuple[DeviceRunner, Capacity]:
     """A runner that is warm, with the blocks that the device really has memory for, as long as these are not too few.
 
@@ -96,15 +106,7 @@ def _runner(
     while True:
         runner = None
         try:
-            runner = DeviceRunner(
-                model,
-                num_blocks=capacity.kv.num_blocks,
-                num_host_blocks=capacity.kv.num_host_blocks,
-                max_num_seqs=scheduler.max_num_seqs,
-                max_num_tokens=most_tokens,
-                max_model_len=capacity.max_sequence_len,
-                is_alone=is_alone,
-            )
+            runner = _made(model, capacity, scheduler, most_tokens, communicator)
             if model.device.type == "cuda":
                 runner.warm_up(scheduler.max_num_tokens)
                 model.warmed_up()
@@ -112,7 +114,7 @@ def _runner(
         except (OutOfMemory, torch.OutOfMemoryError) as error:
             reason = str(error)
         num_blocks = int(capacity.kv.num_blocks * SHRUNK_TO)
-        if not is_alone or num_blocks < max(1, wanted * LEAST_SHARE):
+        if communicator is not None or num_blocks < max(1, wanted * LEAST_SHARE):
             raise OutOfMemory(f"{model.device}: not even {capacity.kv.num_blocks} of {wanted} blocks fit: {reason}")
         log.warning("%d blocks do not fit, trying %d: %s", capacity.kv.num_blocks, num_blocks, reason)
         runner = None
@@ -123,9 +125,29 @@ def _runner(
         capacity = capacity.with_blocks(num_blocks, f"{capacity.kv.num_blocks} did not fit")
 
 
-def _share(kv: KVConfig, num_ranks: int) -> KVConfig:
-    """What one rank has of the bytes that were asked for."""
-    return replace(kv, memory_bytes=kv.memory_bytes // num_ranks, host_memory_bytes=kv.host_memory_bytes // num_ranks)
+def _made(
+    model: DeviceModel,
+    capacity: Capacity,
+    scheduler: SchedulerConfig,
+    most_tokens: int,
+    communicator: Communicator | None,
+) -> DeviceRunner:
+    sizes: dict[str, Any] = {
+        "num_blocks": capacity.kv.num_blocks,
+        "num_host_blocks": capacity.kv.num_host_blocks,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_tokens": most_tokens,
+        "max_model_len": capacity.max_sequence_len,
+    }
+    if communicator is None or communicator.place.pipeline_parallel == 1:
+        return DeviceRunner(model, **sizes, is_alone=communicator is None)
+    return DeviceStageRunner(model, communicator, **sizes, num_micro_batches=communicator.place.pipeline_parallel)
+
+
+def _share(kv: KVConfig, own_bytes: int, all_bytes: int) -> KVConfig:
+    """What one rank has of the bytes that were asked for: of a block it has `own_bytes` of `all_bytes`."""
+    memory, host_memory = (size * own_bytes // all_bytes for size in (kv.memory_bytes, kv.host_memory_bytes))
+    return replace(kv, memory_bytes=memory, host_memory_bytes=host_memory)
 
 
 def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:

@@ -20,7 +20,6 @@ from pageflight.lowering.device_blocks import LONG_CONTEXT
 from pageflight.runners.device_wishes import Wishes
 
 Int32Array = NDArray[np.int32]
-NUM_STAGES = 3  # one being filled while one travels and one is read
 ROUND = 64  # words, 256 bytes: what TensorRT asks of addresses, and kernels are compiled for
 MAX_CHANGES = 1 << 16  # words changed by one launch
 RUNS_OF_A_START = 3  # its tokens, and two lines of parameters
@@ -44,9 +43,16 @@ class DeviceRows:
     """Tokens, block tables and sampling parameters of all rows, in one int32 tensor."""
 
     def __init__(
-        self, *, max_num_seqs: int, max_num_tokens: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        num_passes: int = 2,
     ) -> None:
-        """`max_num_tokens`: the most that a step has."""
+        """`max_num_tokens`: the most that a pass has. `num_passes`: as many may be in flight."""
         self.stride_tokens, self.block_size = max_model_len, block_size
         self.stride_tables = -(-max_model_len // block_size)
         num_tokens, num_tables = max_num_seqs * self.stride_tokens, max_num_seqs * self.stride_tables
@@ -67,7 +73,7 @@ class DeviceRows:
         self._starts_at = _rounded(max_num_seqs)
         num_staged = 6 * max_num_seqs + 1 + max_num_tokens
         num_changes = 2 * MAX_CHANGES + 2 * RUNS_OF_A_START * max_num_seqs + 1 + MAX_CHANGES
-        self._staging = _Staging(13 * ROUND + num_staged + num_changes, device)
+        self._staging = _Staging(13 * ROUND + num_staged + num_changes, num_passes + 1, device)
         self._pairs: list[tuple[Int32Array, Int32Array]] = []  # words and values for the next launch
         self._runs: dict[int, Int32Array] = {}  # where consecutive words begin, and their values
 
@@ -181,15 +187,15 @@ class DeviceRows:
 
 
 class _Staging:
-    """Buffers in rotation on the host, one on the device."""
+    """Buffers in rotation on the host, where one is filled while the others travel or are read; one on the device."""
 
-    def __init__(self, num_words: int, device: torch.device) -> None:
+    def __init__(self, num_words: int, num_buffers: int, device: torch.device) -> None:
         is_gpu = device.type == "cuda"
         self._device = torch.zeros(num_words, dtype=torch.int32, device=device)
-        self._host = [torch.zeros(num_words, dtype=torch.int32, pin_memory=is_gpu) for _ in range(NUM_STAGES)]
-        self._sent: list[torch.cuda.Event | None] = [None] * NUM_STAGES
+        self._host = [torch.zeros(num_words, dtype=torch.int32, pin_memory=is_gpu) for _ in range(num_buffers)]
+        self._sent: list[torch.cuda.Event | None] = [None] * num_buffers
         if is_gpu:
-            self._sent = [torch.cuda.Event() for _ in range(NUM_STAGES)]  # type: ignore[no-untyped-call]
+            self._sent = [torch.cuda.Event() for _ in range(num_buffers)]  # type: ignore[no-untyped-call]
         self._next = 0
 
     def send(self, parts: Sequence[Int32Array], places: Sequence[int] | None) -> list[Tensor]:
@@ -202,14 +208,14 @@ class _Staging:
         assert at <= len(self._device), f"a step of {at} words, room for {len(self._device)}"
         host, sent = self._host[self._next], self._sent[self._next]
         if sent is not None:
-            sent.synchronize()  # the copy out of it three steps ago
+            sent.synchronize()  # the last copy out of it
         filled = host.numpy()
         for begin, part in zip(begins, parts, strict=True):
             filled[begin : begin + part.size] = part
         self._device[:at].copy_(host[:at], non_blocking=True)
         if sent is not None:
             sent.record()
-        self._next = (self._next + 1) % NUM_STAGES
+        self._next = (self._next + 1) % len(self._host)
         return [self._device[begin : begin + part.size] for begin, part in zip(begins, parts, strict=True)]
 
 

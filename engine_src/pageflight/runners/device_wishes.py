@@ -36,7 +36,9 @@ class RowWishes:
     """Wishes by row. Memory for lists and counts is taken when a row starts that has such, and given back at its end:
     what runs on the same stream later may have it."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, *, samples: bool = True) -> None:
+        """`samples` False: another stage does, and has lists and counts."""
+        self._samples = samples
         self._vocab_size, self._device = vocab_size, device
         self._held_R: list[Wishes | None] = [None] * max_num_seqs
         self._filters_R, self._adjusts_R, self._log_probs_R = np.zeros((3, max_num_seqs), np.bool_)
@@ -52,7 +54,9 @@ class RowWishes:
         for start, wishes in zip(plan.starts, prepared, strict=True):
             sampling, row = start.sampling, start.row
             self._held_R[row] = wishes
-            self._filters_R[row] = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+            self._filters_R[row] = self._samples and (
+                sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+            )
             self._adjusts_R[row] = wishes.lists is not None or wishes.counts is not None
             self._log_probs_R[row] = sampling.log_probs
 
@@ -66,10 +70,10 @@ class RowWishes:
 
     def _prepared(self, start: RowStart) -> Wishes:
         sampling = start.sampling
-        on_host = packed_lists(sampling, start.num_prompt, self._vocab_size)
+        on_host = packed_lists(sampling, start.num_prompt, self._vocab_size) if self._samples else None
         lists = None if on_host is None else copied(on_host, self._device)
         counts = None
-        if has_penalties(sampling):
+        if self._samples and has_penalties(sampling):
             ids, times = (copied(part, self._device) for part in packed_counts(start.token_ids, start.num_prompt))
             counts = torch.zeros(self._vocab_size, dtype=torch.int32, device=self._device)
             scatter(counts, ids, times)

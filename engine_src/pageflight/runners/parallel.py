@@ -214,12 +214,10 @@ def _device(place: Place, index: int, num_local: int = 0) -> torch.device:
     is none. Raises ConfigError for fewer GPUs than that, or than `num_local` ranks of this machine."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if place.pipeline_parallel > 1:
-        raise ConfigError(f"pipeline_parallel={place.pipeline_parallel}: on processors only, not on GPUs yet")
     if torch.cuda.device_count() < max(index + 1, num_local):
         raise ConfigError(
-            f"tensor_parallel={place.tensor_parallel}: each rank needs a GPU of its own,"
-            f" {torch.cuda.device_count()} are here"
+            f"tensor_parallel={place.tensor_parallel}, pipeline_parallel={place.pipeline_parallel}: each rank needs a"
+            f" GPU of its own, {torch.cuda.device_count()} are here"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -27,6 +27,7 @@ from pageflight.runners.host_batch import BlockCopies, HostBatch
 from pageflight.runners.inputs import BatchRows
 from pageflight.runners.local import measure_copies
 from pageflight.runners.micro_batches import MicroBatch, micro_batches
+from pageflight.runners.token_order import TokenOrder
 from pageflight.sampling.sampler import Sampler
 
 Int32Array = NDArray[np.int32]
@@ -129,8 +130,7 @@ class StageRunner:
         )
         sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=model.vocab_size) if self._is_last else None
         self._batch = HostBatch(model, rows, sampler)
-        self._sampled_in = np.zeros(max_num_seqs, np.int64)  # by row: number of the micro-batch of its last token
-        self._number = 0  # of micro-batches so far
+        self._order = TokenOrder(max_num_seqs)
         self._changed = threading.Condition()
         self._flights: deque[_Flight] = deque()  # submitted, not collected
         self._to_run: deque[_Flight] = deque()
@@ -199,7 +199,7 @@ class StageRunner:
     def _run(self, flight: _Flight) -> None:
         plan = flight.plan
         self._batch.apply(plan)
-        self._sampled_in[[*plan.ended_rows, *(start.row for start in plan.starts)]] = 0
+        self._order.change(plan)
         batches = micro_batches(plan, self._num_micro_batches, self.limits.block_size)
         with self._changed:
             flight.num_missing = len(batches)
@@ -210,13 +210,12 @@ class StageRunner:
             x = None if self._is_first else self._line.take_over(self._model.hidden(len(inputs.ids_T)))
             begin_s = time.perf_counter()
             out = self._forward(inputs, x)
-            self._number += 1
             if not self._is_last:
                 self.busy_s += time.perf_counter() - begin_s
-                self._sampled_in[batch.plan.rows[batch.plan.samples]] = self._number
+                number = self._order.computed(batch)
                 self._line.pass_on(out)
                 with self._changed:
-                    self._sent.append(_Sent(self._number, flight, batch))
+                    self._sent.append(_Sent(number, flight, batch))
                     self._changed.notify_all()
                 continue
             result = self._batch.sample(batch.plan, out.numpy())
@@ -243,7 +242,7 @@ class StageRunner:
         """Until the tokens of `rows` are here; those of others become theirs as they come."""
         if self._is_last:
             return
-        wanted = int(self._sampled_in[rows].max(initial=0))
+        wanted = self._order.wanted(rows)
         with self._changed:
             self._changed.wait_for(lambda: self._num_heard >= wanted or self._is_closing or self._error is not None)
             self._check()
@@ -252,8 +251,8 @@ class StageRunner:
         for sent, results in heard:
             rows_L = sent.batch.plan.rows[sent.batch.plan.samples]
             ids_L = results[0, : rows_L.size]
-            is_ours = self._sampled_in[rows_L] == sent.number  # nobody else has begun in the row since
-            self._batch.rows.append(rows_L[is_ours], ids_L[is_ours])
+            is_theirs = self._order.is_theirs(sent.number, rows_L)
+            self._batch.rows.append(rows_L[is_theirs], ids_L[is_theirs])
 
     def _listen(self) -> None:
         while True:
