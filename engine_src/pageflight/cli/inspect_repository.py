@@ -106,7 +106,7 @@ def _show(repository: Path, folder: Path, manifest: EngineManifest) -> None:
             f"up to {manifest.max_model_len} tokens, blocks of {manifest.block_size},"
             f" {per_token:,} bytes of K/V per token",
         ),
-        *([("ranks", f"{manifest.tensor_parallel}, each with engines of its part")] * (manifest.tensor_parallel > 1)),
+        *([("ranks", f"{manifest.tensor_parallel}, each with its part of the weights")] * (manifest.tensor_parallel > 1)),
         ("deterministic", "verified" if manifest.deterministic else "not asked for"),
         ("built for", ", ".join(f"{key} {value}" for key, value in manifest.fingerprint.items())),
     ]
