@@ -247,7 +247,7 @@ def test_ranks_are_built_recorded_shown_and_found_again(
     capsys.readouterr()
     assert main(["inspect", str(repository)]) == 0
     shown = capsys.readouterr().out
-    assert "2, each with engines of its part" in shown and "collectives between" in shown
+    assert "2, each with its part of the weights" in shown and "collectives between" in shown
     inside = run("--tensor-parallel", "2", "--collectives", "inside")
     assert inside.tensor_parallel == 2 and [item.name for item in EnginePlan.read(folder).segments] == [
         *("first", "mid", "last")

@@ -67,6 +67,7 @@ class ThreadCommunicator:
         return gathered
 
     def least(self, number: int) -> int:
+        assert type(number) is int, "processes agree on numbers of 64 bits"
         return int(self.all_gather(torch.tensor([number])).min())
 
     def total(self, number: int) -> int:

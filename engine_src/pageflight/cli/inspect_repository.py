@@ -106,10 +106,11 @@ def _show(repository: Path, folder: Path, manifest: EngineManifest) -> None:
             f"up to {manifest.max_model_len} tokens, blocks of {manifest.block_size},"
             f" {per_token:,} bytes of K/V per token",
         ),
-        *([("ranks", f"{manifest.tensor_parallel}, each with engines of its part")] * (manifest.tensor_parallel > 1)),
         ("deterministic", "verified" if manifest.deterministic else "not asked for"),
         ("built for", ", ".join(f"{key} {value}" for key, value in manifest.fingerprint.items())),
     ]
+    if manifest.tensor_parallel > 1:  # others run on any number
+        rows.insert(-1, ("ranks", f"{manifest.tensor_parallel}, each with its part of the weights"))
     table = Table(title=manifest.name, title_justify="left", show_header=False, box=None)
     for row in rows:
         table.add_row(*row)
