@@ -23,6 +23,7 @@ from pageflight.models.config import DecoderConfig
 from pageflight.models.stages import Place
 from pageflight.quant.forms import weight_forms
 from pageflight.quant.store import WEIGHTS_NAME
+from pageflight.ranks.local_launcher import LOOPBACK
 from pageflight.ranks.messages import digest_of
 from pageflight.ranks.process_group import open_store
 from pageflight.runners import device_factory
@@ -47,7 +48,7 @@ class Ranks:
 
     def __init__(self, card: Card, folder: Path, config: EngineConfig, size: int, num_stages: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._store, port = open_store()
+        self._store, port = open_store(LOOPBACK)
         self._lines, self._processes = [], []
         for rank in range(size * num_stages):
             place = Place(rank=rank, tensor_parallel=size, pipeline_parallel=num_stages)

@@ -16,6 +16,7 @@ from pageflight.core.config import EngineConfig
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import FreeMemory
 from pageflight.models.stages import Place
+from pageflight.ranks.local_launcher import LOOPBACK
 from pageflight.ranks.process_group import GroupCommunicator, reach_store
 from pageflight.runners import device_factory
 from pageflight.runners.base import RunnerLimits
@@ -60,7 +61,7 @@ def serve(place: Place, port: int, is_gpu: bool, folder: Path, config: EngineCon
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(1)
-        communicator = GroupCommunicator(place, reach_store(port), device)
+        communicator = GroupCommunicator(place, reach_store(LOOPBACK, port), device, LOOPBACK)
         with patch.object(device_factory, "free_memory", lambda: ENOUGH):
             runner, _ = device_factory.load_on_gpu(folder, config, device, communicator=communicator)
         line.send(runner.limits)

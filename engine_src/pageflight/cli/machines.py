@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pageflight.cli.errors import CommandError
-from pageflight.core.placement import num_ranks, parse_placements
+from pageflight.core.placement import Ranks, parse_placements, ranks_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,12 @@ def _machines(config: Path) -> Machines | None:
         return None
     try:
         placements = parse_placements(f"{config}: placement", said.get("placement", ""))
-        size = int(said["tensor_parallel"])
+        ranks = Ranks(int(said["tensor_parallel"]), int(said["pipeline_parallel"]))
         if placements:
-            size = num_ranks(placements[0].devices, placements[0].tensor_parallel, size)
+            first = placements[0]
+            ranks = ranks_of(first.devices, first.tensor_parallel, first.pipeline_parallel, ranks)
         machines = Machines(
-            num_ranks=size * int(said["pipeline_parallel"]),
+            num_ranks=ranks.tensor_parallel * ranks.pipeline_parallel,
             num_nodes=int(said["nodes"]),
             rank_port=int(said["rank_port"]),
         )
