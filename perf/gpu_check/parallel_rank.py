@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def serve(place: Place, port: int, is_gpu: bool, folder: Path, config: EngineCon
         communicator.close()
     except Exception as error:
         line.send(Failed(f"rank {place.rank}: {type(error).__name__}: {error}"))
+    os._exit(0)  # threads of gloo may be there yet, which an interpreter that ends calls a failure
 
 
 def _run(runner: DeviceRunner, communicator: GroupCommunicator, device: torch.device, line: Connection) -> None:
