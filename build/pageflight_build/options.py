@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from pageflight.core.config import KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy, SessionAffinity
+from pageflight.core.config import (
+    EngineConfig,
+    KVAdmission,
+    KVConfig,
+    LauncherName,
+    SchedulerConfig,
+    SchedulingPolicy,
+    SessionAffinity,
+)
 from pageflight.core.errors import ConfigError
 from pageflight_build.instances import parse_instances
 
@@ -91,7 +99,8 @@ class ServingOptions:
 
     `kv_memory` is in bytes, 0 means computed from free memory; `host_kv_memory` too, 0 is no second level of the cache.
     `instances` is text of `parse_instances`; `threads` 0 means all cores shared by the instances. `tensor_parallel` is
-    the ranks of each of an instance's `pipeline_parallel` stages. `tenants` is the absolute path of a tenants file,
+    the ranks of each of an instance's `pipeline_parallel` stages, on `nodes` machines, started by `launcher` (see
+    `EngineConfig` for these and for `rank_port` and `rank_wait_s`). `tenants` is the absolute path of a tenants file,
     empty for none. `session_affinity` says which requests go to one instance, `reroute_after_s` how long sequences wait
     for their instance's next core before another instance takes them. `response_rate` is what an instance sends per
     second before it joins tokens of a stream, 0 follows the cores. How requests are served: see `SchedulerConfig`.
@@ -117,6 +126,10 @@ class ServingOptions:
     session_affinity: SessionAffinity = "none"
     reroute_after_s: float = 10.0
     threads: int = 0
+    launcher: LauncherName = "local"
+    nodes: int = 1
+    rank_port: int = EngineConfig().rank_port
+    rank_wait_s: float = EngineConfig().rank_wait_s
     engine_name: str = "engine"
     exclude_input_in_output: bool = True
     default_max_tokens: int = 256

@@ -8,17 +8,19 @@ act is to give that folder the target's name. A build that fails or is interrupt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.manifest import EngineManifest
 from pageflight.core.placement import num_ranks
 from pageflight.lowering.base import AheadOfTime, Lowering
 from pageflight.models.config import DecoderConfig
+from pageflight.models.stages import check_nodes
 from pageflight.quant.convert import convert
 from pageflight.quant.store import WEIGHTS_NAME
 from pageflight_build import repository
@@ -32,8 +34,8 @@ from pageflight_build.engine import (
     resolve_engine_options,
 )
 from pageflight_build.inputs import engine_inputs
-from pageflight_build.instances import FIRST_FOLDER, engine_folder, parse_instances
-from pageflight_build.options import BuildOptions, EngineOptions
+from pageflight_build.instances import FIRST_FOLDER, InstanceSpec, engine_folder, parse_instances
+from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.progress import BuildProgress, Silent, StageReport
 from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.reference import reference_logits
@@ -149,9 +151,20 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
             f" {on_gpus[0]}"
         )
     wanted = [instance.engine_options(options.engine) for instance in instances]
+    _check_launcher(options.serving, instances)
     ranks: dict[str, set[int]] = {}
     for instance, engine in zip(instances, wanted, strict=True):
         size = num_ranks(instance.devices, instance.tensor_parallel, options.serving.tensor_parallel)
+        check_nodes(
+            EngineConfig(
+                tensor_parallel=size,
+                pipeline_parallel=options.serving.pipeline_parallel,
+                launcher=options.serving.launcher,
+                num_nodes=options.serving.nodes,
+                rank_port=options.serving.rank_port,
+                rank_wait_s=options.serving.rank_wait_s,
+            )
+        )
         ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(size)
     return tuple(
         WantedEngine(
@@ -261,6 +274,21 @@ class _Engine:
             compared = f"{result.reference_error:.2g} from the reference"
         alike = "; the same bits in any company" if serving.deterministic else ""
         return f"logits {compared}, {result.chunk_error:.2g} between chunkings (limit {result.limit:.2g}){alike}"
+
+
+def _check_launcher(serving: ServingOptions, instances: Sequence[InstanceSpec]) -> None:
+    """Raises ConfigError for instances that the launcher cannot have."""
+    num_instances = len(parse_instances(serving.instances))
+    if serving.launcher == "external" and num_instances > 1:
+        raise ConfigError(
+            f"instances={num_instances}: launcher external has one instance, whose ranks dial in to rank_port"
+        )
+    on_gpus = [str(instance.devices) for instance in instances if instance.devices.kind == "gpu"]
+    if serving.launcher != "local" and on_gpus:
+        raise ConfigError(
+            f"instances={on_gpus[0]}: launcher {serving.launcher} uses each machine's GPUs from the first on; leave it"
+            " out, or set CUDA_VISIBLE_DEVICES on each machine"
+        )
 
 
 def _check_kept(manifest: EngineManifest, ranks: Iterable[int], pipeline_parallel: int) -> None:

@@ -15,6 +15,7 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
 from pageflight.core import wire
+from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError
 from pageflight.core.placement import Placement, placements_text
 
@@ -66,6 +67,10 @@ class Deployment:
     num_threads: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    launcher: str = "local"
+    nodes: int = 1
+    rank_port: int = EngineConfig().rank_port
+    rank_wait_s: float = EngineConfig().rank_wait_s
     prefix_cache: bool = True
     deterministic: bool = False
     exclude_input_in_output: bool = True
@@ -142,6 +147,10 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "num_threads": str(deployment.num_threads),
         "tensor_parallel": str(deployment.tensor_parallel),
         "pipeline_parallel": str(deployment.pipeline_parallel),
+        "launcher": deployment.launcher,
+        "nodes": str(deployment.nodes),
+        "rank_port": str(deployment.rank_port),
+        "rank_wait_s": str(deployment.rank_wait_s),
         "prefix_cache": _flag(deployment.prefix_cache),
         "deterministic": _flag(deployment.deterministic),
     }

@@ -39,6 +39,10 @@ SERVING = ServingOptions(
     threads=3,
     tensor_parallel=4,
     pipeline_parallel=3,
+    launcher="external",
+    nodes=2,
+    rank_port=4000,
+    rank_wait_s=7.5,
     prefix_cache=False,
 )
 
@@ -99,6 +103,8 @@ def test_every_setting_of_the_scheduler_reaches_the_core(repository: Path) -> No
     assert spec.tenants_file == "/somewhere/tenants.json"
     assert spec.config.kv.memory_bytes == 3 << 20 and not spec.config.kv.prefix_cache and spec.config.num_threads == 3
     assert spec.config.tensor_parallel == 4 and spec.config.pipeline_parallel == 3
+    assert spec.config.launcher == "external" and spec.config.num_nodes == 2
+    assert spec.config.rank_port == 4000 and spec.config.rank_wait_s == 7.5
 
 
 def test_a_tenants_file_named_by_hand_is_looked_for_in_the_repository(repository: Path) -> None:

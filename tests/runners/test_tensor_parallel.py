@@ -23,6 +23,7 @@ from pageflight.core.request import Request, SamplingParams
 from pageflight.loop.engine_loop import Drain, EngineLoop, Submit
 from pageflight.loop.in_memory import InMemoryMailbox
 from pageflight.models.stages import Place
+from pageflight.ranks.local_launcher import LocalLauncher
 from pageflight.ranks.messages import Computed, RankSpec, digest_of
 from pageflight.ranks.plan_frames import PlanDecoder, PlanEncoder
 from pageflight.ranks.processes import RankProcesses
@@ -124,6 +125,7 @@ def test_a_rank_that_does_not_come_up_is_no_endless_wait(engine: Path, monkeypat
 FAILING = """#!{python}
 import sys
 from multiprocessing.connection import Connection
+from pageflight.ranks.local_launcher import LocalLauncher
 from pageflight.ranks.messages import Failed, encode
 line = Connection(int(sys.argv[3].partition("=")[2]))
 line.recv_bytes()
@@ -143,8 +145,21 @@ def test_what_keeps_a_rank_from_working_keeps_its_type_and_is_told_unasked(
     with pytest.raises(ConfigError, match="kv_memory=1: too little here"):
         load(engine, tensor_parallel=2)
     place, told = Place(rank=1, tensor_parallel=2), queue.Queue()
-    spec = RankSpec(engine_dir=str(engine), config=EngineConfig(), place=place, port=1, num_threads=1, num_instances=1)
-    ranks = RankProcesses([spec], told.put)
+    ranks = RankProcesses(LocalLauncher(), [place], told.put)
+    ranks.tell(
+        [
+            RankSpec(
+                engine_dir=str(engine),
+                manifest_digest="",
+                config=EngineConfig(),
+                place=place,
+                host="127.0.0.1",
+                port=1,
+                num_threads=1,
+                num_instances=1,
+            )
+        ]
+    )
     assert isinstance(told.get(timeout=60), ConfigError)
     ranks.dismiss(at_once=True)
     ranks.close()

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from pageflight.backend.generations import TokenWishes
 from pageflight.backend.inputs import Row, word_list
 from pageflight.backend.settings import ModelSettings
 from pageflight.core import wire
-from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, SchedulerConfig, SchedulingPolicy
+from pageflight.core.config import EngineConfig, KVAdmission, KVConfig, LauncherName, SchedulerConfig, SchedulingPolicy
 from pageflight.core.devices import DeviceSet
 from pageflight.core.errors import ConfigError, InvalidArgument, PageflightError
 from pageflight.core.manifest import EngineManifest
@@ -145,6 +145,10 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
                 placement.devices, placement.tensor_parallel, settings.number("tensor_parallel", 1)
             ),
             pipeline_parallel=settings.number("pipeline_parallel", 1),
+            launcher=cast(LauncherName, settings.choice("launcher", get_args(LauncherName))),
+            num_nodes=settings.number("nodes", 1),
+            rank_port=settings.number("rank_port", 1),
+            rank_wait_s=settings.real("rank_wait_s"),
         ),
         engine_dir="" if fake_engine is not None else str(engine_dir),
         num_instances=settings.num_beside,

@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from pageflight.core.config import KVAdmission, SchedulingPolicy, SessionAffinity
+from pageflight.core.config import KVAdmission, LauncherName, SchedulingPolicy, SessionAffinity
 from pageflight.core.tenants import read_tenants
 from pageflight_build.amounts import parse_bytes, parse_capabilities
 from pageflight_build.instances import instances_text, parse_instances
@@ -212,6 +212,27 @@ class BuildFlags:
             rich_help_panel=_SERVING,
         ),
     ] = _SERVING_DEFAULTS.pipeline_parallel
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help=f"Who starts the other ranks: {', '.join(get_args(LauncherName))} (see docs/machines.md).",
+            rich_help_panel=_SERVING,
+        ),
+    ] = _SERVING_DEFAULTS.launcher
+    nodes: Annotated[
+        int,
+        typer.Option(help="Machines that share an instance's ranks alike.", rich_help_panel=_SERVING),
+    ] = _SERVING_DEFAULTS.nodes
+    rank_port: Annotated[
+        int,
+        typer.Option(
+            help="Port of the first machine where ranks of launcher external dial in.", rich_help_panel=_SERVING
+        ),
+    ] = _SERVING_DEFAULTS.rank_port
+    rank_wait_s: Annotated[
+        float,
+        typer.Option(help="Seconds that a core waits for ranks that others start.", rich_help_panel=_SERVING),
+    ] = _SERVING_DEFAULTS.rank_wait_s
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
@@ -294,6 +315,10 @@ class BuildFlags:
                 threads=self.threads,
                 tensor_parallel=self.tensor_parallel,
                 pipeline_parallel=self.pipeline_parallel,
+                launcher=cast(LauncherName, self.launcher),
+                nodes=self.nodes,
+                rank_port=self.rank_port,
+                rank_wait_s=self.rank_wait_s,
                 engine_name=self.engine_name,
                 exclude_input_in_output=self.exclude_input_in_output,
                 default_max_tokens=self.default_max_tokens,

@@ -74,6 +74,10 @@ def local_engine(repository: Path, name: str | None = None, watch: Watch | None 
         num_threads=serving.threads,
         tensor_parallel=serving.tensor_parallel,
         pipeline_parallel=serving.pipeline_parallel,
+        launcher=serving.launcher,
+        num_nodes=serving.nodes,
+        rank_port=serving.rank_port,
+        rank_wait_s=serving.rank_wait_s,
     )
     builder = GenerationBuilder(
         manifest,

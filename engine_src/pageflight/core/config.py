@@ -11,6 +11,7 @@ from pageflight.core.tenants import Tenants
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 KVAdmission = Literal["forecast", "optimistic", "reserve"]
 SessionAffinity = Literal["none", "prefix", "correlation"]
+LauncherName = Literal["local", "ray", "external"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,14 @@ class EngineConfig:
     """Ranks that compute each layer together; it must divide the attention heads."""
     pipeline_parallel: int = 1
     """Stages of consecutive layers, each with `tensor_parallel` ranks; at most as many as there are layers."""
+    launcher: LauncherName = "local"
+    """Who starts the other ranks: this machine's core, Ray, or whoever does and has them dial in."""
+    num_nodes: int = 1
+    """Machines that share the ranks alike: the first ranks are on the core's machine, the next ones on the second."""
+    rank_port: int = 29600
+    """Of the core's machine, where ranks of launcher `external` dial in."""
+    rank_wait_s: float = 300.0
+    """How long a core waits for ranks that others start."""
     num_threads: int = 0
     """Compute threads of this instance; 0 means all cores that the process may use."""
     seed: int = 0

@@ -86,6 +86,10 @@ class RankLost(PageflightError):
         super().__init__(message)
 
 
+class RanksMissing(PageflightError):
+    """Ranks that others start, on other machines for instance, have not come within `rank_wait_s`."""
+
+
 class PoisonRequest(PageflightError):
     """The engine core died again and again in steps of this request alone; it is given up so that others go on."""
 
@@ -129,6 +133,7 @@ STATUS: dict[type[PageflightError], ErrorStatus] = {
     Cancelled: ErrorStatus("CANCELLED", 499),
     EngineLost: ErrorStatus("INTERNAL", 500),
     RankLost: ErrorStatus("INTERNAL", 500),
+    RanksMissing: ErrorStatus("UNAVAILABLE", 503),
     PoisonRequest: ErrorStatus("INTERNAL", 500),
     StubLost: ErrorStatus("UNAVAILABLE", 503),
     CheckpointError: ErrorStatus("INVALID_ARG", 400),

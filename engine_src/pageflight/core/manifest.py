@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -90,3 +91,11 @@ class EngineManifest:
             return cls(**data)
         except TypeError as error:
             raise ManifestMismatch(f"{path}: {error}; build the engine again") from None
+
+
+def manifest_digest(folder: Path) -> str:
+    """Of an engine directory's manifest, which has sizes and hashes of all its files; empty where there is none."""
+    try:
+        return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    except OSError:
+        return ""

@@ -126,7 +126,9 @@ def main() -> int:
         tenants_file = TenantsFile(Path(spec.tenants_file), address.tenants) if spec.tenants_file else None
         if tenants_file is not None:
             spec = _with_tenants(spec, tenants_file.load())
-        runner, config = _load(spec, partial(_give_up, reporter))
+        runner, config = _load(
+            spec, partial(_give_up, reporter), lambda words: reporter.send(Report("progress", words))
+        )
         reporter.send(Report("progress", "opening the line to the fronts"))
         _serve(runner, config, address, reporter, spec, tenants_file, arguments.trace_fd)
     except Exception as error:
@@ -170,7 +172,9 @@ def silence_telemetry() -> None:
     modules.setdefault("openvino_telemetry", None)
 
 
-def _load(spec: CoreSpec, on_loss: Callable[[PageflightError], None]) -> tuple[Runner, EngineConfig]:
+def _load(
+    spec: CoreSpec, on_loss: Callable[[PageflightError], None], progress: Callable[[str], None]
+) -> tuple[Runner, EngineConfig]:
     """The runner, and the configuration with its limits and its cache's size resolved."""
     config = spec.config
     runner: Runner
@@ -186,6 +190,7 @@ def _load(spec: CoreSpec, on_loss: Callable[[PageflightError], None]) -> tuple[R
             config,
             num_instances=spec.num_instances,
             on_loss=on_loss,
+            progress=progress,
             needs_gpu=str(spec.devices) if spec.devices.kind == "gpu" else "",
         ).runner
     else:

@@ -19,6 +19,7 @@ from pageflight.core.errors import (
     ManifestMismatch,
     OutOfMemory,
     PageflightError,
+    RanksMissing,
 )
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.deaths import MAX_KEPT, Death, is_crash, write_deaths
@@ -33,6 +34,8 @@ LEAST_SHARE = 0.5
 """Of its first blocks that a cache keeps however often memory does not suffice: then something else takes it."""
 _PERMANENT = frozenset(cls.__name__ for cls in (ManifestMismatch, CheckpointError, ConfigError))
 """Errors that another try cannot mend, unless the same engine has been ready before."""
+_FINAL = RanksMissing.__name__
+"""The error of a start that has waited as long as anybody is to wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +316,8 @@ class _Patience:
         elif not life.is_mended:
             self._useless_lives += life.was_ready and (life.of_itself or life.was_in_step)
         if (
-            (is_setting and not self.has_been_ready)
+            life.failure.error == _FINAL
+            or (is_setting and not self.has_been_ready)
             or self._failed_starts >= config.max_failed_starts
             or self._patient_starts >= config.max_killed_starts
             or self._useless_lives >= config.max_useless_lives

@@ -9,7 +9,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import get_args
 
+from pageflight.core.config import EngineConfig, LauncherName
 from pageflight.core.errors import ConfigError
 from pageflight.models.config import DecoderConfig
 from pageflight.models.sharding import Shard
@@ -63,6 +65,28 @@ def check_engine(lowering: str, tensor_parallel: int, pipeline_parallel: int) ->
     for name, size in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
         if size > 1 and lowering != "torch":
             raise ConfigError(f"{name}={size}: only engine torch runs on several ranks, not {lowering}")
+
+
+def check_nodes(config: EngineConfig) -> None:
+    """Raises ConfigError for machines, and ways to start ranks on them, that cannot work."""
+    num_ranks, num_nodes = config.tensor_parallel * config.pipeline_parallel, config.num_nodes
+    if config.launcher not in get_args(LauncherName):
+        raise ConfigError(f"launcher={config.launcher!r}: supported are {', '.join(get_args(LauncherName))}")
+    if num_nodes < 1:
+        raise ConfigError(f"nodes={num_nodes}: must be at least 1")
+    if config.launcher == "local" and num_nodes > 1:
+        raise ConfigError(f"nodes={num_nodes}: launcher local starts ranks on this machine only; use external or ray")
+    if config.launcher != "local" and num_ranks == 1:
+        raise ConfigError(f"launcher={config.launcher!r}: there are no ranks to start; give tensor_parallel a size")
+    if num_ranks % num_nodes:
+        raise ConfigError(
+            f"nodes={num_nodes}: must divide the {num_ranks} ranks (tensor_parallel={config.tensor_parallel} x"
+            f" pipeline_parallel={config.pipeline_parallel})"
+        )
+    if not 0 < config.rank_port < 1 << 16:
+        raise ConfigError(f"rank_port={config.rank_port}: must be from 1 to 65535")
+    if not 0 < config.rank_wait_s < float("inf"):
+        raise ConfigError(f"rank_wait_s={config.rank_wait_s}: must be above 0")
 
 
 def cut_stages(layer_bytes: Sequence[int], *, first_bytes: int, last_bytes: int, num_stages: int) -> tuple[Stage, ...]:

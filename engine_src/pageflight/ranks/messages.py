@@ -12,11 +12,16 @@ from pageflight.models.stages import Place
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank loads, and where it meets the others."""
+    """What a rank loads, and where it meets the others: at `port` of `host`, both the first rank's.
+
+    `engine_dir` is the first rank's; wherever a rank has its own, the manifest must have `manifest_digest`.
+    """
 
     engine_dir: str
+    manifest_digest: str
     config: EngineConfig
     place: Place
+    host: str
     port: int
     num_threads: int
     num_instances: int

@@ -1,4 +1,4 @@
-"""Ranks that are processes of this machine: torch.distributed between them, NCCL for GPUs and gloo for processors."""
+"""torch.distributed between ranks: NCCL for GPUs and gloo for processors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from pageflight.models.stages import Place
+from pageflight.ranks.network import interface_towards
 
-HOST = "127.0.0.1"
 TIMEOUT = timedelta(seconds=1800)
 """Of starting, where one rank may read its weights long after another. A step that hangs is its supervisor's affair."""
 MAX_SENT = 256
@@ -22,31 +22,33 @@ MAX_SENT = 256
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def open_store() -> tuple[TCPStore, int]:
-    """Where ranks of this machine find each other, and its port. The first rank keeps it; nobody outside reaches it."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
+def open_store(host: str) -> tuple[TCPStore, int]:
+    """Where ranks find each other, and its port. The first rank keeps it, at its address `host` and no other."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
         listener.listen()
         port = listener.getsockname()[1]
         store = TCPStore(
-            HOST, port, is_master=True, wait_for_workers=False, timeout=TIMEOUT, master_listen_fd=listener.detach()
+            host, port, is_master=True, wait_for_workers=False, timeout=TIMEOUT, master_listen_fd=listener.detach()
         )
     return store, port
 
 
-def reach_store(port: int) -> TCPStore:
+def reach_store(host: str, port: int) -> TCPStore:
     """The store that another process opened."""
-    return TCPStore(HOST, port, is_master=False, timeout=TIMEOUT)
+    return TCPStore(host, port, is_master=False, timeout=TIMEOUT)
 
 
 class GroupCommunicator:
     """This process as one rank of the process group, of which it has one, and as one of the ranks of its stage."""
 
-    def __init__(self, place: Place, store: Store, device: torch.device) -> None:
-        """Meet the other ranks; waits for them."""
+    def __init__(self, place: Place, store: Store, device: torch.device, host: str) -> None:
+        """Meet the other ranks, by way of the interface that leads to `host`, the first one's; waits for them."""
         self.place, self._device = place, device
+        interface = interface_towards(host)
         for name in _INTERFACES:
-            os.environ.setdefault(name, "lo")
+            os.environ.setdefault(name, interface)
         is_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",

@@ -1,18 +1,16 @@
-"""The processes of the other ranks, as the first one sees them: started, told, listened to, watched."""
+"""The other ranks, as the first one sees them: told, listened to, watched, wherever they are."""
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
 
 from pageflight.core.errors import STATUS, PageflightError, RankLost
+from pageflight.models.stages import Place
+from pageflight.ranks.launcher import Ended, Launcher, RankHandle
 from pageflight.ranks.messages import Computed, Failed, FromRank, RankSpec, decode_from_rank, encode
 
 log = logging.getLogger(__name__)
@@ -27,71 +25,64 @@ OnLoss = Callable[[PageflightError], None]
 
 
 class RankProcesses:
-    """One process for every rank but the first. They die with this process, whatever becomes of it.
+    """Every rank but the first, started by a launcher.
 
     `on_loss` is called by another thread when one has died and nobody has asked `loss` for `GRACE_S`: the first rank
     may be waiting for it for ever, or have nothing to do.
     """
 
-    def __init__(self, specs: Sequence[RankSpec], on_loss: OnLoss | None = None) -> None:
-        self._on_loss = on_loss
+    def __init__(self, launcher: Launcher, places: Sequence[Place], on_loss: OnLoss | None = None) -> None:
+        """Starts them. Raises what the launcher does."""
+        self._launcher, self._on_loss = launcher, on_loss
         self._closing = threading.Event()
         self._lost = threading.Event()
         self._told = threading.Event()
         self._loss: PageflightError | None = None
         self._reading = threading.Lock()
         self._last_words: dict[int, Failed] = {}
-        self._ranks: list[tuple[int, subprocess.Popen[bytes], Connection]] = []
         try:
-            for spec in specs:
-                self._start(spec.place.rank)
-            for spec, (_, _, line) in zip(specs, self._ranks, strict=True):
-                with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: `wait_present` says why
-                    line.send_bytes(encode(spec))
+            self._ranks = tuple(launcher.start(places))
         except BaseException:
-            self.dismiss(at_once=True)
-            self.close()
+            launcher.close()
             raise
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(each,), name=f"rank-{each.rank}", daemon=True)
+            for each in self._ranks
+        ]
+        for watcher in self._watchers:
+            watcher.start()
 
-    def _start(self, rank: int) -> None:
-        ours, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-m", "pageflight.runners.rank_worker"]
-            command += [f"--line-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment)
-        self._ranks.append((rank, process, ours))
-        threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for _, process, _ in self._ranks]
+    def tell(self, specs: Sequence[RankSpec]) -> None:
+        """Give each rank its task."""
+        for spec, each in zip(specs, self._ranks, strict=True):
+            with suppress(OSError):  # it has ended: `wait_present` says why
+                each.line.send_bytes(encode(spec))
 
     def wait_present(self) -> None:
         """Block until every process has come up. Raises what keeps one from it."""
-        for rank, _, line in self._ranks:
-            with suppress(EOFError, ConnectionResetError):
-                message = decode_from_rank(line.recv_bytes())
+        for each in self._ranks:
+            with suppress(EOFError, OSError):
+                message = decode_from_rank(each.line.recv_bytes())
                 if not isinstance(message, Failed):
                     continue
-                self._last_words[rank] = message
-            raise self.loss(wait_s=GRACE_S) or RankLost(f"rank {rank} closed its line")
+                self._last_words[each.rank] = message
+            raise self.loss(wait_s=GRACE_S) or RankLost(f"{each.name} closed its line")
 
     def send(self, message: bytes) -> None:
         """To every rank. Raises the loss of one."""
-        for rank, _, line in self._ranks:
+        for each in self._ranks:
             try:
-                line.send_bytes(message)
-            except (BrokenPipeError, ConnectionResetError):
-                raise self.loss(wait_s=GRACE_S) or RankLost(f"rank {rank} closed its line") from None
+                each.line.send_bytes(message)
+            except OSError:
+                raise self.loss(wait_s=GRACE_S) or RankLost(f"{each.name} closed its line") from None
 
     def computed(self) -> Iterator[tuple[int, Computed]]:
         """What ranks have said since the last call of the steps that they computed."""
         with self._reading:
-            for rank, _, line in self._ranks:
-                for message in self._read(rank, line):
+            for each in self._ranks:
+                for message in self._read(each):
                     if isinstance(message, Computed):
-                        yield rank, message
+                        yield each.rank, message
 
     def loss(self, wait_s: float = 0.0) -> PageflightError | None:
         """Why the model is not whole any more; waits so long for the news. Who asks makes an end of it."""
@@ -104,48 +95,49 @@ class RankProcesses:
         """Tell all processes to end. `at_once`: they may be waiting for a sum that never comes, and are killed."""
         self._closing.set()
         self._told.set()
-        for _, process, line in self._ranks:
+        for each in self._ranks:
             if at_once:
-                process.kill()
-            line.close()
+                each.kill()
+            each.hang_up()
 
     def close(self) -> None:
         """Wait for the processes that were dismissed, but not for long."""
         deadline_s = time.monotonic() + CLOSE_S
-        for _, process, _ in self._ranks:
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for each in self._ranks:
+            if each.wait(max(0.0, deadline_s - time.monotonic())) is None:
+                each.kill()
+                each.wait()
+        for watcher in self._watchers:
+            watcher.join()
+        self._launcher.close()
 
-    def _read(self, rank: int, line: Connection) -> Iterator[FromRank]:
+    def _read(self, each: RankHandle) -> Iterator[FromRank]:
         with suppress(EOFError, OSError):  # it has ended; who watches it says why
-            while line.poll():
-                message = decode_from_rank(line.recv_bytes())
+            while each.line.poll():
+                message = decode_from_rank(each.line.recv_bytes())
                 if isinstance(message, Failed):
-                    self._last_words[rank] = message
+                    self._last_words[each.rank] = message
                 yield message
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        code = process.wait()
+    def _watch(self, each: RankHandle) -> None:
+        ended = each.wait()
+        assert ended is not None, "there was no time limit"
         if self._closing.is_set():
             return
         with self._reading:
-            for other, _, line in self._ranks:
-                list(self._read(other, line))
+            for other in self._ranks:
+                list(self._read(other))
             if self._loss is None:
-                self._loss = self._reason(rank, code)
+                self._loss = self._reason(each, ended)
                 self._lost.set()
         log.error("%s", self._loss)
         if not self._told.wait(GRACE_S) and self._on_loss is not None:
             self._on_loss(self._loss)
 
-    def _reason(self, rank: int, code: int) -> PageflightError:
-        words = self._last_words.get(rank)
+    def _reason(self, each: RankHandle, ended: Ended) -> PageflightError:
+        words = self._last_words.get(each.rank)
         if words is not None and words.error in _TYPED:
             return _TYPED[words.error](words.message)
         if words is not None:
-            return RankLost(f"rank {rank} failed: {words.error}: {words.message}")
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return RankLost(f"rank {rank} died ({how})", return_code=code)
+            return RankLost(f"{each.name} failed: {words.error}: {words.message}")
+        return RankLost(f"{each.name} died ({ended.words})", return_code=ended.return_code)

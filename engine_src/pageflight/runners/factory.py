@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pageflight.runners.host import run_on_host
 if TYPE_CHECKING:
     import torch
 
+
+log = logging.getLogger(__name__)
 
 _ON_GPU = ("torch", "tensorrt")
 
@@ -40,6 +43,7 @@ def load_engine(
     num_instances: int = 1,
     needs_gpu: str = "",
     on_loss: Callable[[PageflightError], None] | None = None,
+    progress: Callable[[str], None] = log.info,
 ) -> LoadedEngine:
     """Load the engine that `pageflight build` wrote and give it its K/V blocks.
 
@@ -47,8 +51,9 @@ def load_engine(
     of the configuration's, the engine's and what the cache holds. `num_instances` share this machine's memory and,
     where `config.num_threads` is 0, its cores. Engines of torch and TensorRT run on a GPU where there is one;
     `needs_gpu`, if not empty, names the GPU that this one must run on. `on_loss` is told, by a thread, when one of
-    several ranks is gone and no step is there to say so. Raises ManifestMismatch for an engine that is damaged or was
-    built for something else, ConfigError for settings that cannot work.
+    several ranks is gone and no step is there to say so, `progress` what is waited for. Raises ManifestMismatch for an
+    engine that is damaged or was built for something else, ConfigError for settings that cannot work,
+    RanksMissing where others have not started their ranks in time.
     """
     if config.num_threads < 0:
         raise ConfigError(f"num_threads={config.num_threads}: must not be negative (0 uses all cores)")
@@ -59,12 +64,17 @@ def load_engine(
     if needs_gpu and device is None:
         missing = "torch sees no GPU" if manifest.lowering in _ON_GPU else f"{manifest.lowering} runs on CPUs"
         raise ConfigError(f"{needs_gpu}: the engine cannot run on it: {missing}")
-    if (config.tensor_parallel, config.pipeline_parallel) != (1, 1):
+    if (config.tensor_parallel, config.pipeline_parallel, config.launcher) != (1, 1, "local"):
         from pageflight.runners.parallel import load_parallel  # imports torch
 
         num_threads = config.num_threads or max(1, num_usable_cores() // num_instances)
         several, capacity = load_parallel(
-            engine_dir, config, num_threads=num_threads, num_instances=num_instances, on_loss=on_loss
+            engine_dir,
+            config,
+            num_threads=num_threads,
+            num_instances=num_instances,
+            on_loss=on_loss,
+            progress=progress,
         )
         return LoadedEngine(runner=several, manifest=manifest, capacity=capacity, num_threads=num_threads)
     if device is not None:

@@ -1,4 +1,4 @@
-"""One model on several ranks: this process is the first, the others are processes that it starts and watches.
+"""One model on several ranks: this process is the first, the others are started by a launcher and watched.
 
 All ranks get the same plans, one message per step, and compute them with their parts of the weights. Within a stage
 logits are gathered, so all ranks of the last one sample the same ids from the same bits; other stages are told.
@@ -17,12 +17,14 @@ import torch
 
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError, RankLost
-from pageflight.core.manifest import EngineManifest
+from pageflight.core.manifest import EngineManifest, manifest_digest
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
-from pageflight.models.stages import Place, check_engine
+from pageflight.models.stages import Place, check_engine, check_nodes
+from pageflight.ranks.launcher import Progress
+from pageflight.ranks.launchers import open_launcher
 from pageflight.ranks.messages import RankSpec, digest_of
 from pageflight.ranks.plan_frames import PlanEncoder
 from pageflight.ranks.process_group import GroupCommunicator, open_store, reach_store
@@ -111,14 +113,17 @@ def load_parallel(
     num_threads: int,
     num_instances: int,
     on_loss: OnLoss | None = None,
+    progress: Progress = log.info,
 ) -> tuple[ParallelRunner, Capacity]:
     """Load an engine onto `config.pipeline_parallel` stages of `config.tensor_parallel` ranks, each with its part of
     the weights, of the layers and of the K/V heads.
 
-    `num_threads` are shared by the ranks. `on_loss`: see `RankProcesses`. Raises ConfigError for sizes that do not
-    work, ManifestMismatch for an engine that does not fit, RankLost when a rank dies meanwhile.
+    `num_threads` are shared by the ranks of a machine. `on_loss`: see `RankProcesses`. `progress` is told which ranks
+    are waited for. Raises ConfigError for sizes that do not work, ManifestMismatch for an engine that does not fit,
+    RankLost when a rank dies meanwhile, RanksMissing when others have not started theirs in time.
     """
     tensor_parallel, pipeline_parallel = config.tensor_parallel, config.pipeline_parallel
+    check_nodes(config)
     check_engine(EngineManifest.read(engine_dir).lowering, tensor_parallel, pipeline_parallel)
     engine = TorchLowering().opened(engine_dir)
     engine.split(Shard(rank=0, size=tensor_parallel))  # refuses what does not work before a process is started
@@ -126,28 +131,33 @@ def load_parallel(
     if len(stages) > 1:
         log.info("layers of the stages: %s", ", ".join(f"{stage.begin}-{stage.end - 1}" for stage in stages))
     first = Place(rank=0, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
-    device = _device(first)
-    store, port = open_store()
-
-    def spec(place: Place) -> RankSpec:
-        return RankSpec(
-            engine_dir=str(engine_dir),
-            config=config,
-            place=place,
-            port=port,
-            num_threads=max(1, num_threads // first.num_ranks),
-            num_instances=num_instances,
-        )
-
-    ranks = RankProcesses([spec(replace(first, rank=rank)) for rank in range(1, first.num_ranks)], on_loss)
+    num_local = first.num_ranks // config.num_nodes
+    device = _device(first, 0, num_local)
+    launcher, places = open_launcher(config, progress), [replace(first, rank=rank) for rank in range(first.num_ranks)]
+    ranks = RankProcesses(launcher, places[1:], on_loss)
     with ExitStack() as failed:
         failed.callback(ranks.close)
         failed.callback(ranks.dismiss, at_once=True)
+        store, port = open_store(launcher.host)
+        specs = [
+            RankSpec(
+                engine_dir=str(engine_dir),
+                manifest_digest=manifest_digest(engine_dir),
+                config=config,
+                place=place,
+                host=launcher.host,
+                port=port,
+                num_threads=max(1, num_threads // num_local),
+                num_instances=num_instances,
+            )
+            for place in places
+        ]
+        ranks.tell(specs[1:])
         ranks.wait_present()
         with _explained(ranks):
-            communicator = GroupCommunicator(first, store, device)
+            communicator = GroupCommunicator(first, store, device, launcher.host)
             failed.callback(communicator.close, is_whole=False)
-            runner, capacity = _load(spec(first), communicator)
+            runner, capacity = _load(specs[0], communicator, device)
         failed.pop_all()
     return ParallelRunner(runner, ranks, communicator), capacity
 
@@ -164,14 +174,16 @@ def _explained(ranks: RankProcesses) -> Iterator[None]:
         raise loss from error
 
 
-def join(spec: RankSpec) -> tuple[Runner, GroupCommunicator]:
-    """In the process of another rank: meet the others and load this rank's part."""
-    communicator = GroupCommunicator(spec.place, reach_store(spec.port), _device(spec.place))
-    return _load(spec, communicator)[0], communicator
+def join(spec: RankSpec, device_index: int) -> tuple[Runner, GroupCommunicator]:
+    """In the process of another rank, on the GPU of its machine that `device_index` names where there are any: meet the
+    others and load this rank's part."""
+    device = _device(spec.place, device_index)
+    communicator = GroupCommunicator(spec.place, reach_store(spec.host, spec.port), device, spec.host)
+    return _load(spec, communicator, device)[0], communicator
 
 
-def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capacity]:
-    engine_dir, lowering, device = Path(spec.engine_dir), TorchLowering(), _device(spec.place)
+def _load(spec: RankSpec, communicator: GroupCommunicator, device: torch.device) -> tuple[Runner, Capacity]:
+    engine_dir, lowering = Path(spec.engine_dir), TorchLowering()
     if device.type == "cuda":
         from pageflight.runners.device_factory import load_on_gpu  # brings triton
 
@@ -183,17 +195,17 @@ def _load(spec: RankSpec, communicator: GroupCommunicator) -> tuple[Runner, Capa
     return run_on_host(lowering, model, manifest, spec.config, num_instances=num_instances, communicator=communicator)
 
 
-def _device(place: Place) -> torch.device:
-    """Where a rank computes: on the GPU of its number, of those that this process sees, or on the processor where there
-    is none. Raises ConfigError for fewer GPUs than ranks."""
+def _device(place: Place, index: int, num_local: int = 0) -> torch.device:
+    """Where a rank computes: on the GPU of this index, of those that this process sees, or on the processor where there
+    is none. Raises ConfigError for fewer GPUs than that, or than `num_local` ranks of this machine."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if place.pipeline_parallel > 1:
         raise ConfigError(f"pipeline_parallel={place.pipeline_parallel}: on processors only, not on GPUs yet")
-    if torch.cuda.device_count() < place.num_ranks:
+    if torch.cuda.device_count() < max(index + 1, num_local):
         raise ConfigError(
             f"tensor_parallel={place.tensor_parallel}: each rank needs a GPU of its own,"
             f" {torch.cuda.device_count()} are here"
         )
-    torch.cuda.set_device(place.rank)
-    return torch.device("cuda", place.rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

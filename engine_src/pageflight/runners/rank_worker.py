@@ -1,4 +1,4 @@
-"""A rank's process: `python -m pageflight.runners.rank_worker --line-fd N --parent-pid P`.
+"""A rank's process: `python -m pageflight.runners.rank_worker`, beside its core or wherever its machine is.
 
 The first message says what to load, each further one is a plan, and the line's end is the end. It computes what the
 first rank computes, or another stage, and says of each step what ids came of it: a digest.
@@ -9,17 +9,26 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import signal
 import sys
-from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
+from pageflight.core.errors import ConfigError
 from pageflight.core.parent import die_with
+from pageflight.ranks.dialing import NoLeader, dial, end_with, parse_leader
+from pageflight.ranks.handshake import RankRefused
+from pageflight.ranks.key import rank_key
 from pageflight.ranks.messages import Computed, Failed, Present, decode_spec, digest_of, encode
 from pageflight.ranks.plan_frames import PlanDecoder
 from pageflight.runners.base import BusyRunner, Runner
+from pageflight.runners.engine_copies import own_copy
 
 log = logging.getLogger("pageflight.rank")
+
+ENDED, FAILED, NO_LEADER, REFUSED = 0, 1, os.EX_TEMPFAIL, os.EX_NOPERM
+"""Exit statuses: its line has ended, it has failed and said so, nobody took it in time, and nobody ever will."""
 
 
 def serve(runner: Runner, line: Connection) -> None:
@@ -35,36 +44,65 @@ def serve(runner: Runner, line: Connection) -> None:
         num_in_flight += 1
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="pageflight.runners.rank_worker", description=__doc__)
-    parser.add_argument("--line-fd", type=int, required=True, help="socket to the first rank")
-    parser.add_argument("--parent-pid", type=int, required=True, help="process to die with")
-    arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # its core decides
-        signal.signal(number, signal.SIG_IGN)
-    die_with(arguments.parent_pid)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    line = Connection(arguments.line_fd)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the first rank closes
+def work(line: Connection, device_index: int, engine_dir: Path | None = None) -> int:
+    """Be the rank that the first message says until the line ends. `engine_dir`: where this machine has engines, if not
+    where the first rank has its own. The exit status."""
+    try:
         try:
             spec = decode_spec(line.recv_bytes())
+            spec = own_copy(spec, engine_dir)
             from pageflight.runners.parallel import join  # brings torch and the lowering
 
             line.send_bytes(encode(Present()))
-            runner, communicator = join(spec)
+            runner, communicator = join(spec, device_index)
             gc.collect()
             gc.freeze()  # what start-up made lives as long as the process, and others wait while it is walked through
-            with suppress(EOFError):
+            try:
                 serve(runner, line)
-            runner.close()
-            communicator.close()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            except EOFError:
+                runner.close()
+                communicator.close()
+        except (EOFError, BrokenPipeError, ConnectionError, TimeoutError):
             raise
         except Exception as error:
             log.error("the rank ends: %s: %s", type(error).__name__, error)
             line.send_bytes(encode(Failed(type(error).__name__, str(error))))
-            return 1
-    return 0
+            return FAILED
+    except (EOFError, ConnectionError, TimeoutError):  # the first rank closes, or its machine is gone
+        log.info("the line has ended")
+    return ENDED
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="pageflight.runners.rank_worker", description=__doc__)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--line-fd", type=int, help="socket to the first rank")
+    where.add_argument("--connect", help="HOST:PORT of the leader; the key is in PAGEFLIGHT_RANK_KEY")
+    parser.add_argument("--rank", type=int, help="which rank dials in")
+    parser.add_argument("--wait-s", type=float, default=0.0, help="seconds that the leader is tried for")
+    parser.add_argument("--parent-pid", type=int, default=0, help="process to die with; 0: nobody")
+    parser.add_argument("--device-index", type=int, default=0, help="GPU, of those that this process sees")
+    parser.add_argument("--engine-dir", type=Path, help="engine directory, or repository, of this machine")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):  # its core, or who has it join, decides
+        signal.signal(number, signal.SIG_IGN)
+    die_with(arguments.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if arguments.connect is None:
+        return work(Connection(arguments.line_fd), arguments.device_index, arguments.engine_dir)
+    if arguments.rank is None:
+        parser.error("--connect needs --rank")
+    try:
+        leader = parse_leader(arguments.connect, 0)
+        line = dial(leader, arguments.rank, rank_key(), wait_s=arguments.wait_s)
+    except (ConfigError, RankRefused) as error:
+        log.error("rank %d: %s", arguments.rank, error)
+        return REFUSED
+    except NoLeader as error:
+        log.error("rank %d: %s", arguments.rank, error)
+        return NO_LEADER
+    end_with(line)
+    return work(line, arguments.device_index, arguments.engine_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""Ranks that others start: torchrun, a Kubernetes LeaderWorkerSet, `pageflight join` by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from pageflight.core.config import EngineConfig
+from pageflight.models.stages import Place
+from pageflight.ranks.key import rank_key
+from pageflight.ranks.launcher import Progress, RankHandle
+from pageflight.ranks.listener import RankListener, named
+from pageflight.ranks.local_launcher import LOOPBACK, LocalRank, dismiss
+
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+"""Processes that torchrun starts on each machine: where they are several, each is a rank."""
+
+
+class ExternalLauncher:
+    """Starts the ranks of this machine, unless torchrun does, and waits for all others to dial in."""
+
+    def __init__(self, config: EngineConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self._num_ranks = config.tensor_parallel * config.pipeline_parallel
+        self._key = rank_key()
+        self._listener: RankListener | None = None
+        self.host = ""
+
+    def start(self, places: Sequence[Place]) -> Sequence[RankHandle]:
+        num_local = self._num_ranks // self._config.num_nodes
+        if int(os.environ.get(LOCAL_WORLD_SIZE) or 1) > 1:
+            num_local = 1
+        remote = [place.rank for place in places if place.rank >= num_local]
+        listener = self._listener = RankListener(remote, self._key, port=self._config.rank_port)
+        local: list[LocalRank] = []
+        try:
+            for place in places:
+                if place.rank < num_local:
+                    local.append(LocalRank(place.rank))
+            there = listener.wait(self._config.rank_wait_s, self._tell)
+        except BaseException:
+            dismiss(local)
+            listener.close()
+            raise
+        self.host = there[-1].host if there else LOOPBACK
+        return [*local, *there]
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    def _tell(self, missing: Sequence[int]) -> None:
+        nodes = sorted({rank * self._config.num_nodes // self._num_ranks for rank in missing})
+        words = ", ".join(map(str, nodes))
+        self._progress(f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in")

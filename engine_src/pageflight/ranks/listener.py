@@ -1,0 +1,174 @@
+"""Where ranks that others have started dial in."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from pageflight import __version__
+from pageflight.core.errors import ConfigError, RanksMissing
+from pageflight.ranks.handshake import Caller, Hello, NotARank
+from pageflight.ranks.launcher import Ended
+from pageflight.ranks.network import keep_alive, wait_hang_up
+
+log = logging.getLogger(__name__)
+
+ANYWHERE = "0.0.0.0"
+MOST_STRANGERS = 64
+"""Of whom it is not known yet whether they are ranks. More are sent away: each costs a thread for some seconds."""
+_LOOK_S = 0.25
+
+
+class RemoteRank:
+    """A rank that dialled in. All that is known of its end is that of its line."""
+
+    def __init__(self, hello: Hello, peer: socket.socket) -> None:
+        self.rank, self.name = hello.rank, f"rank {hello.rank} on {hello.host[:255]}"
+        self.host: str = peer.getsockname()[0]
+        """This machine's address, as the rank reached it."""
+        self.line = Connection(os.dup(peer.fileno()))
+        self._peer = peer
+
+    def hang_up(self) -> None:
+        self.line.close()
+        with suppress(OSError):
+            self._peer.shutdown(socket.SHUT_WR)
+
+    def wait(self, timeout_s: float | None = None) -> Ended | None:
+        if not wait_hang_up(self._peer.fileno(), timeout_s):
+            return None
+        return Ended(words="its line ended", return_code=-signal.SIGKILL)
+
+    def kill(self) -> None:
+        with suppress(OSError):
+            self._peer.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.line.close()
+        self._peer.close()
+
+
+class RankListener:
+    """Takes in the ranks of `expected`, each once, that have the key and are of this version. Others are refused, and
+    nobody holds up anybody. Goes on refusing, with the reason, when all are there."""
+
+    def __init__(self, expected: Collection[int], key: bytes, *, host: str = ANYWHERE, port: int = 0) -> None:
+        """`port` 0: any that is free. Raises ConfigError for one that cannot be had."""
+        self._expected, self._key = frozenset(expected), key
+        self._ranks: dict[int, RemoteRank] = {}
+        self._changed = threading.Condition()
+        self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
+        self._closing = threading.Event()
+        try:
+            self._socket = socket.create_server((host, port), backlog=MOST_STRANGERS)
+        except OSError as error:
+            raise ConfigError(f"rank_port={port}: cannot listen on it: {error.strerror or error}") from None
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, name="rank-listener", daemon=True)
+        self._thread.start()
+
+    def wait(self, wait_s: float, missing: Callable[[Sequence[int]], None]) -> list[RemoteRank]:
+        """All expected ranks, in order; one that has gone again meanwhile must come again.
+
+        `missing` is told which are not there yet, whenever that changes. Raises RanksMissing after `wait_s`.
+        """
+        deadline_s, told = time.monotonic() + wait_s, None
+        while True:
+            with self._changed:
+                for rank in [rank for rank, there in self._ranks.items() if there.wait(0.0)]:
+                    log.warning("%s is gone again", self._ranks[rank].name)
+                    self._ranks.pop(rank).close()
+                absent = sorted(self._expected - self._ranks.keys())
+                if not absent:
+                    return [self._ranks[rank] for rank in sorted(self._ranks)]
+                left_s = deadline_s - time.monotonic()
+                if left_s > 0 and absent == told:
+                    self._changed.wait(min(left_s, _LOOK_S))
+                    continue
+            if left_s <= 0:
+                raise RanksMissing(f"{named(absent)} did not dial in to port {self.port} within rank_wait_s={wait_s:g}")
+            missing(absent)
+            told = absent
+
+    def close(self) -> None:
+        """Stop listening and let go of all lines."""
+        self._closing.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+        self._thread.join()
+        self._socket.close()
+        with self._changed:
+            for there in self._ranks.values():
+                there.close()
+            self._ranks.clear()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                peer, address = self._socket.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(_LOOK_S)
+                continue
+            if not self._strangers.acquire(blocking=False):
+                peer.close()
+                continue
+            threading.Thread(target=self._meet, args=(peer, address[0]), name="rank-stranger", daemon=True).start()
+
+    def _meet(self, peer: socket.socket, address: str) -> None:
+        is_taken = False
+        try:
+            keep_alive(peer)
+            caller = Caller(peer, self._key)
+            with self._changed:
+                refused, is_final = self._refusal(caller.hello)
+                caller.answer(refused, is_final=is_final)
+                is_taken = not refused
+                if is_taken:
+                    self._ranks[caller.hello.rank] = there = RemoteRank(caller.hello, peer)
+                    self._changed.notify_all()
+            if refused:
+                log.warning("%s (%s) is not taken: %s", address, caller.hello.host, refused)
+            else:
+                log.info("%s is here, from %s", there.name, address)
+        except (NotARank, OSError) as error:
+            log.warning("%s dialled in and is not taken: %s", address, error)
+        finally:
+            self._strangers.release()
+            if not is_taken:
+                peer.close()
+
+    def _refusal(self, hello: Hello) -> tuple[str, bool]:
+        """Why a rank that has the key is not taken, if it is not; and whether it never will be."""
+        rank = hello.rank
+        if hello.version != __version__:
+            return f"rank {rank} is of pageflight {hello.version}, the leader of {__version__}", True
+        if rank not in self._expected:
+            return f"rank {rank} does not dial in: {named(sorted(self._expected))} of this model do", True
+        if self._closing.is_set():
+            return "the leader is about to end", False
+        if rank in self._ranks and not self._ranks[rank].wait(0.0):
+            return f"{self._ranks[rank].name} is here already", False
+        if rank in self._ranks:
+            self._ranks.pop(rank).close()
+        return "", False
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in a few words: "rank 3", "ranks 2-5, 9"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = ", ".join(f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
