@@ -163,6 +163,7 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
                 num_nodes=options.serving.nodes,
                 rank_port=options.serving.rank_port,
                 rank_wait_s=options.serving.rank_wait_s,
+                ray_address=options.serving.ray_address,
             )
         )
         ranks.setdefault(engine_folder(engine, wanted[0]), set()).add(size)

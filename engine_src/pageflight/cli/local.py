@@ -78,6 +78,7 @@ def local_engine(repository: Path, name: str | None = None, watch: Watch | None 
         num_nodes=serving.nodes,
         rank_port=serving.rank_port,
         rank_wait_s=serving.rank_wait_s,
+        ray_address=serving.ray_address,
     )
     builder = GenerationBuilder(
         manifest,

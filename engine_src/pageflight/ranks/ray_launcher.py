@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import secrets
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
 
 import torch
 
@@ -23,38 +15,25 @@ from pageflight.models.stages import Place
 from pageflight.ranks.key import KEY
 from pageflight.ranks.launcher import Ended, Progress
 from pageflight.ranks.listener import RankListener, RemoteRank
-from pageflight.ranks.local_launcher import worker_environment
-from pageflight.ranks.ray_messages import (
-    Kill,
-    Over,
-    Placed,
-    Refused,
-    Start,
-    ToDriver,
-    Waiting,
-    Wanted,
-    decode_from_driver,
-    encode,
-)
+from pageflight.ranks.ray_line import RayLine
+from pageflight.ranks.ray_messages import Kill, Start, Wanted
 
-log = logging.getLogger(__name__)
-
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 NEWS_S = 1.0
 """How long Ray's word on a rank is waited for when its line has ended."""
-CLOSE_S = 5.0
+LEAST_DIAL_S = 30.0
+"""What ranks that Ray has room for have to import torch and dial in, however long there was none."""
 _LOOK_S = 0.25
-_SPARE_S = 10.0
-"""What the driver has beyond `rank_wait_s` to say by itself what is missing."""
 
 
 class RayRank:
     """A rank that Ray started and that dialled in."""
 
-    def __init__(self, remote: RemoteRank, driver: _Driver, address: str) -> None:
+    def __init__(self, remote: RemoteRank, driver: RayLine, address: str) -> None:
         self.rank, self.name = remote.rank, f"{remote.name} ({address})"
         self.line = remote.line
         self._remote, self._driver = remote, driver
-        driver.on_over(remote.rank, remote.kill)
+        driver.on_over(remote.rank, remote.kill)  # a line may outlive its machine
 
     def hang_up(self) -> None:
         self._remote.hang_up()
@@ -64,7 +43,7 @@ class RayRank:
         return known and (self._driver.over(self.rank, NEWS_S) or known)
 
     def kill(self) -> None:
-        self._driver.kill(self.rank)
+        self._driver.send(Kill(self.rank))
         self._remote.kill()
 
 
@@ -78,27 +57,25 @@ class RayLauncher:
     def __init__(self, config: EngineConfig, progress: Progress) -> None:
         self._config, self._progress = config, progress
         self._ranks_per_node = config.tensor_parallel * config.pipeline_parallel // config.num_nodes
-        self._driver: _Driver | None = None
+        self._driver: RayLine | None = None
         self._listener: RankListener | None = None
         self.host, self.device_index = "", 0
 
     def start(self, places: Sequence[Place]) -> Sequence[RayRank]:
-        """Raises RanksMissing, ConfigError, RankLost for one that ended before it dialled in."""
         deadline_s = time.monotonic() + self._config.rank_wait_s
-        self._driver = driver = _Driver(self._wanted(), self._progress)
-        placed = driver.placed(self._config.rank_wait_s + _SPARE_S)
+        driver = self._driver = RayLine(self._wanted(), self._progress)
+        placed = driver.placed()
         self.host = placed.addresses[0]
         if placed.gpu:
             self.device_index = index_of_gpu(placed.gpu, os.environ)
-        key = secrets.token_hex(32)
-        ranks = [place.rank for place in places]
-        self._listener = listener = RankListener(ranks, key.encode(), host=self.host)
-        dial = ("pageflight.runners.rank_worker", f"--connect={_host_port(self.host, listener.port)}")
-        dial += (f"--wait-s={self._config.rank_wait_s}",)
-        driver.send(Start({rank: (*dial, f"--rank={rank}") for rank in ranks}, {KEY: key}))
-        addresses = {rank: placed.addresses[rank // self._ranks_per_node] for rank in ranks}
-        self._progress(f"waiting for ranks on {', '.join(dict.fromkeys(addresses.values()))} to load")
-        there = self._dialled_in(listener, driver, addresses, max(_SPARE_S, deadline_s - time.monotonic()))
+        key, host = secrets.token_hex(32), f"[{self.host}]" if ":" in self.host else self.host
+        addresses = {place.rank: placed.addresses[place.rank // self._ranks_per_node] for place in places}
+        listener = self._listener = RankListener(addresses.keys(), key.encode(), host=self.host)
+        command = ("pageflight.runners.rank_worker", f"--connect={host}:{listener.port}")
+        command += (f"--wait-s={LEAST_DIAL_S}",)
+        driver.send(Start({rank: (*command, f"--rank={rank}") for rank in addresses}, {KEY: key}))
+        self._progress(f"waiting for ranks on {', '.join(dict.fromkeys(addresses.values()))}")
+        there = _dialled_in(listener, driver, addresses, max(LEAST_DIAL_S, deadline_s - time.monotonic()))
         return [RayRank(remote, driver, addresses[remote.rank]) for remote in there]
 
     def close(self) -> None:
@@ -118,44 +95,37 @@ class RayLauncher:
             wait_s=config.rank_wait_s,
         )
 
-    def _dialled_in(
-        self, listener: RankListener, driver: _Driver, addresses: Mapping[int, str], wait_s: float
-    ) -> list[RemoteRank]:
-        deadline_s = time.monotonic() + wait_s
-        while True:
-            try:
-                return listener.wait(_LOOK_S, lambda missing: None)
-            except RanksMissing as error:
-                for rank, address in addresses.items():
-                    over = driver.over(rank)
-                    if over is not None:
-                        raise RankLost(
-                            f"rank {rank} on {address} ended before it dialled in ({over.words}); its output is in Ray's"
-                            " logs there",
-                            over.return_code,
-                        ) from None
-                if time.monotonic() > deadline_s:
-                    raise RanksMissing(f"{error}, though Ray has started all; they run {addresses}") from None
+
+def _dialled_in(
+    listener: RankListener, driver: RayLine, addresses: Mapping[int, str], wait_s: float
+) -> list[RemoteRank]:
+    """All of them. Raises RankLost for one that ended instead, RanksMissing."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            return listener.wait(_LOOK_S, lambda _: None)
+        except RanksMissing:
+            for rank, address in addresses.items():
+                over = driver.over(rank)
+                if over is not None:
+                    raise RankLost(
+                        f"rank {rank} on {address} ended before it dialled in ({over.words}); what it said is in Ray's"
+                        " logs on that machine",
+                        over.return_code,
+                    ) from None
+            if time.monotonic() > deadline_s:
+                raise
 
 
-class _Driver:
-    """The process that is a driver of the Ray cluster for this one (`ranks.ray_driver`)."""
-
-    def __init__(self, wanted: Wanted, progress: Progress) -> None:
-        """Raises ConfigError where Ray is not installed."""
-        if importlib.util.find_spec("ray") is None:
-            raise ConfigError("launcher='ray': Ray is not installed; pip install 'pageflight[ray]'")
-        self._progress, self._wanted = progress, wanted
-        self._changed = threading.Condition()
-        self._first: Placed | Refused | None = None
-        self._over: dict[int, Ended] = {}
-        self._hearing = True
-        self._on_over = {}
-        self._line, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-m", "pageflight.ranks.ray_driver"]
-            command += [f"--line-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
-            self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=worker_environment()
-            )
-        self.send(wanted)
+def index_of_gpu(gpu: str, environment: Mapping[str, str]) -> int:
+    """Of the GPU that Ray calls `gpu`, among those that this process sees. Raises ConfigError where it is not."""
+    visible = environment.get(VISIBLE)
+    if visible is None and gpu.isdigit():
+        return int(gpu)
+    names = [name.strip() for name in (visible or "").split(",")]
+    if gpu not in names:
+        raise ConfigError(
+            f"Ray gives GPU {gpu} to the first rank, which sees {VISIBLE}={visible!r}: start the server with all GPUs of"
+            " its Ray node"
+        )
+    return names.index(gpu)

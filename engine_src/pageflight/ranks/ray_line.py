@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 
-from pageflight.core.errors import STATUS, ConfigError, PageflightError, RanksMissing
+from pageflight.core.errors import ConfigError, PageflightError, RankLost, RanksMissing
 from pageflight.ranks.launcher import Ended, Progress
-from pageflight.ranks.local_launcher import worker_environment
+from pageflight.ranks.local_launcher import ended, worker_environment
 from pageflight.ranks.ray_messages import (
     Over,
     Placed,
@@ -28,13 +27,11 @@ from pageflight.ranks.ray_messages import (
     encode,
 )
 
-log = logging.getLogger(__name__)
-
 CLOSE_S = 5.0
 """For the driver to give back what Ray has set aside. It is killed then, which gives it back as well."""
 _SPARE_S = 10.0
 """What the driver has beyond its limit to say by itself what is missing."""
-_ERRORS = {cls.__name__: cls for cls in STATUS}
+_ERRORS = {cls.__name__: cls for cls in (ConfigError, RanksMissing)}
 
 
 class RayLine:
@@ -62,7 +59,7 @@ class RayLine:
         self.send(wanted)
 
     def placed(self) -> Placed:
-        """Block until there is room. Raises RanksMissing, ConfigError."""
+        """Block until there is room. Raises RanksMissing, ConfigError, RankLost where the driver died."""
         limit_s = self._wanted.wait_s + _SPARE_S
         with self._changed:
             self._changed.wait_for(lambda: self._outcome is not None, limit_s)
@@ -95,14 +92,15 @@ class RayLine:
     def close(self) -> None:
         """Give back what Ray has set aside, and end the driver."""
         self._is_closing = True
-        self._line.close()
-        deadline_s = time.monotonic() + CLOSE_S
+        with socket.socket(fileno=os.dup(self._line.fileno())) as ours:
+            ours.shutdown(socket.SHUT_WR)  # the driver's end of file; closing would not be, while the line is read
         try:
-            self._process.wait(max(0.0, deadline_s - time.monotonic()))
+            self._process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._reader.join()
+        self._line.close()
 
     def _read(self) -> None:
         with suppress(EOFError, OSError):
@@ -111,17 +109,26 @@ class RayLine:
                 if isinstance(message, Waiting):
                     self._progress(message.words)
                 elif isinstance(message, Over):
-                    self._end([message.rank], Ended(words=message.words, return_code=message.return_code))
+                    self._end((message.rank,), Ended(words=message.words, return_code=message.return_code))
+                elif isinstance(message, Refused):
+                    self._settle(_ERRORS[message.error](message.message))
                 else:
                     self._settle(message)
         if not self._is_closing:
-            self._lost()
+            words = f"the core's Ray driver ended ({ended(self._process.wait()).words})"
+            self._settle(RankLost(words))
+            ranks = range(self._wanted.num_nodes * self._wanted.ranks_per_node)
+            self._end(ranks, Ended(words=words, return_code=-signal.SIGKILL))  # no stream's fault, and they end with it
 
-    def _lost(self) -> None:
-        """The driver has ended; what it asked Ray for has ended with it."""
-        code = self._process.wait()
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        words = f"the core's Ray driver ended ({how})"
-        self._settle(RanksMissing(words))
-        # No stream can have caused it.
-        self._end(range(self._wanted.num_nodes * self._wanted.ranks_per_node), Ended(words=words, return_code=-9))
+    def _settle(self, outcome: Placed | PageflightError) -> None:
+        with self._changed:
+            self._outcome = self._outcome or outcome
+            self._changed.notify_all()
+
+    def _end(self, ranks: Iterable[int], how: Ended) -> None:
+        with self._changed:
+            self._over = {**dict.fromkeys(ranks, how), **self._over}
+            calls = [call for rank in ranks if (call := self._on_over.pop(rank, None)) is not None]
+            self._changed.notify_all()
+        for call in calls:
+            call()
