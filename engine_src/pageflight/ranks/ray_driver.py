@@ -59,48 +59,40 @@ class Cluster:
         self._wanted, self._line, self._sending = wanted, line, threading.Lock()
         self._actors: dict[int, Any] = {}
         deadline_s = time.monotonic() + wanted.wait_s
-        self._join(deadline_s)
-        self._node_id = ray.get_runtime_context().get_node_id()
-        self._addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        self._check_here()
+        self._here = self._join(deadline_s)
         # A bundle for each machine, all on different ones, and the first where this process is: so each has its ranks,
         # neighbours in number, whatever else the cluster does. A bundle for each rank would leave that to Ray.
         self._group = placement_group(
             [wanted.bundle] * wanted.num_nodes,
             strategy="STRICT_SPREAD",
-            bundle_label_selector=[{NODE_ID: self._node_id}, *[{}] * (wanted.num_nodes - 1)],
+            bundle_label_selector=[{NODE_ID: self._here}, *[{}] * (wanted.num_nodes - 1)],
         )
         self._wait_room(deadline_s)
 
-    def _join(self, deadline_s: float) -> None:
-        address, host, port = self._wanted.address, *self._wanted.address.rpartition(":")[::2]
+    def _join(self, deadline_s: float) -> str:
+        """Become a driver on this machine's node: its id."""
+        address, told = self._wanted.address, ""
         while True:
             try:
-                if port.isdigit():
-                    socket.create_connection((host, int(port)), timeout=_LOOK_S).close()  # Ray itself asks for minutes
                 return _init(address)
-            except (ConnectionError, OSError) as error:
-                if time.monotonic() + _LOOK_S > deadline_s:
-                    raise RanksMissing(
-                        f"no Ray cluster at ray_address={address!r} within rank_wait_s={self._wanted.wait_s:g}:"
-                        f" {_short(error)}"
-                    ) from None
-                self.send(Waiting(f"waiting for the Ray cluster at {address}"))
-            except RuntimeError as error:  # other versions of Ray or of Python
-                raise ConfigError(f"ray_address={address!r}: {_short(error)}") from None
+            except (OSError, RuntimeError) as error:
+                words = _short(error)
+            if "version mismatch" in words.lower():  # of Ray, or of Python
+                raise ConfigError(f"ray_address={address!r}: {words}")
+            if time.monotonic() + _LOOK_S > deadline_s:
+                raise RanksMissing(
+                    f"no Ray cluster at ray_address={address!r} within rank_wait_s={self._wanted.wait_s:g}: {words}"
+                )
+            if words != told:
+                self.send(Waiting(f"waiting for the Ray cluster at {address}: {words}"))
+                told = words
             time.sleep(_LOOK_S)
-
-    def _check_here(self) -> None:
-        """Ray may connect a process to a node elsewhere, whose GPUs are not this one's."""
-        own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
-        address = self._addresses[self._node_id]
-        if address not in own:
-            raise ConfigError(f"no Ray node runs on this machine, the nearest is {address}: `ray start --address` first")
 
     def _wait_room(self, deadline_s: float) -> None:
         told = ""
         while not self._group.wait(min(_LOOK_S, max(0.0, deadline_s - time.monotonic()))):
-            words = shortage(self._wanted, self._addresses[self._node_id], self._machines())
+            machines = self._machines()
+            words = shortage(self._wanted, machines[0].address, machines)
             if time.monotonic() >= deadline_s:
                 raise RanksMissing(f"no room for the ranks within rank_wait_s={self._wanted.wait_s:g}: {words}")
             if words != told:
@@ -115,7 +107,7 @@ class Cluster:
                 node["Resources"].get(resource, 0.0),
                 free.get(node["NodeID"], {}).get(resource, 0.0),
             )
-            for node in sorted(ray.nodes(), key=lambda node: (node["NodeID"] != self._node_id, node["NodeID"]))
+            for node in sorted(ray.nodes(), key=lambda node: (node["NodeID"] != self._here, node["NodeID"]))
             if node["Alive"]
         ]
 
@@ -165,9 +157,20 @@ class Cluster:
                     self.send(_over(ends.pop(end), end))
 
 
-def _init(address: str) -> None:
+def _init(address: str) -> str:
+    """Raises OSError or RuntimeError where there is no cluster, or no node of it on this machine."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_LOOK_S).close()  # Ray itself would try for minutes
     ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="pageflight")
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what befalls actors is told by us, once
+    node_id: str = ray.get_runtime_context().get_node_id()
+    (address,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
+    if address not in own:  # it takes another one where there is none here
+        ray.shutdown()
+        raise ConnectionError(f"no Ray node runs on this machine, the nearest is {address}")
+    return node_id
 
 
 def _over(rank: int, end: Any) -> Over:

@@ -116,9 +116,10 @@ class RayLine:
                     self._settle(message)
         if not self._is_closing:
             words = f"the core's Ray driver ended ({ended(self._process.wait()).words})"
-            self._settle(RankLost(words))
+            # Whatever ended it was no stream's doing. Ranks end with it.
+            self._settle(RankLost(words, -signal.SIGKILL))
             ranks = range(self._wanted.num_nodes * self._wanted.ranks_per_node)
-            self._end(ranks, Ended(words=words, return_code=-signal.SIGKILL))  # no stream's fault, and they end with it
+            self._end(ranks, Ended(words=words, return_code=-signal.SIGKILL))
 
     def _settle(self, outcome: Placed | PageflightError) -> None:
         with self._changed:
