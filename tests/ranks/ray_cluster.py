@@ -17,6 +17,13 @@ _CLONE_NEWNET = 0x40000000
 _RAY = Path(sys.executable).with_name("ray")
 _START = ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus=2"]
 _PORT = 6399
+_SOON = {
+    "RAY_health_check_initial_delay_ms": "500",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A node that says nothing is given up after some 3 s, not 15."""
 
 
 class Machine:
@@ -116,7 +123,7 @@ class RayCluster:
         self._closing.callback(self._switch.close)
         self.head = self._machine()
         self.address = f"{self.head.address}:{_PORT}"
-        self._nodes: list[Machine] = []
+        self.machines: list[Machine] = []
         self.start_node(self.head)
 
     def add(self) -> Machine:
@@ -126,7 +133,7 @@ class RayCluster:
         return machine
 
     def start_node(self, machine: Machine) -> None:
-        is_first = not self._nodes
+        is_first = not self.machines
         where = (
             ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
             if is_first
@@ -137,8 +144,10 @@ class RayCluster:
                 [_RAY, "start", *where, f"--node-ip-address={machine.address}", *_START],
                 check=True,
                 capture_output=True,
+                env={**os.environ, **_SOON},
             )
-        self._nodes.append(machine)
+        if machine not in self.machines:
+            self.machines.append(machine)
 
     def close(self) -> None:
         if not self._is_isolated:

@@ -71,7 +71,7 @@ def streams(front: Front) -> list[Collector]:
 
 
 def spread(
-    alone: CoreSpec, cluster: RayCluster, tensor_parallel: int, pipeline_parallel: int, *, nodes: int = 2, wait_s: float
+    alone: CoreSpec, cluster: RayCluster, tensor_parallel: int, pipeline_parallel: int, *, nodes: int = 2, wait_s: float = 60.0
 ) -> CoreSpec:
     config = replace(
         alone.config,
@@ -99,10 +99,15 @@ def status(front: Front) -> CoreStatus:
     return found
 
 
+def rank_processes(machine: Machine) -> list[psutil.Process]:
+    """The ranks that Ray has started on the machine."""
+    return [process for process in machine.processes() if "--rank=" in " ".join(process.cmdline())]
+
+
 def ranks(machine: Machine) -> list[int]:
-    """Numbers of the ranks that Ray has started on the machine."""
-    commands = [" ".join(process.cmdline()) for process in machine.processes()]
-    return sorted(int(line.rpartition("--rank=")[2].split()[0]) for line in commands if "--rank=" in line)
+    """Their numbers."""
+    commands = [" ".join(process.cmdline()) for process in rank_processes(machine)]
+    return sorted(int(line.rpartition("--rank=")[2].split()[0]) for line in commands)
 
 
 @pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(2, 1), (1, 2), (2, 2)])
@@ -113,5 +118,80 @@ def test_ranks_of_two_machines_give_the_ids_of_one(
     tensor_parallel: int,
     pipeline_parallel: int,
 ) -> None:
-    with serving(spread(alone, cluster, tensor_parallel, pipeline_parallel, wait_s=60.0), cluster) as front:
+    with serving(spread(alone, cluster, tensor_parallel, pipeline_parallel), cluster) as front:
         assert [sink.wait().ids() for sink in streams(front)] == undisturbed
+        if cluster.why_not_isolated:
+            return
+        num_ranks = tensor_parallel * pipeline_parallel
+        assert [ranks(machine) for machine in cluster.machines] == [[*range(1, num_ranks)][: num_ranks // 2 - 1], [*range(num_ranks // 2, num_ranks)]]
+
+
+def test_a_killed_core_leaves_nothing_on_any_machine(
+    cluster: RayCluster, alone: CoreSpec, undisturbed: list[tuple[int, ...]]
+) -> None:
+    """Ray has actors of its drivers in other hands: what a dead core had reserved would have kept its successor out."""
+    isolated(cluster)
+    recorder = Recorder()
+    with serving(spread(alone, cluster, 2, 2), cluster, recorder) as front:
+        sinks, core = streams(front), status(front).core_pid
+        before = [process for machine in cluster.machines for process in rank_processes(machine)]
+        assert len(before) == 3
+        sinks[0].wait(lambda: sinks[0].num_ids > 6)
+        os.kill(core, signal.SIGKILL)
+        eventually(lambda: not any(process.is_running() for process in before), "no rank outlives its core")
+        assert [sink.wait().ids() for sink in sinks] == undisturbed
+        assert recorder.restarts[-1][1] > 0, "streams were to be open"
+
+
+def test_the_node_of_the_core_may_come_back(
+    cluster: RayCluster, alone: CoreSpec, undisturbed: list[tuple[int, ...]]
+) -> None:
+    """A process of Ray's is ended by Ray when its node is; a core would have died without a word, and as its streams'
+    fault."""
+    isolated(cluster)
+    recorder = Recorder()
+    with serving(spread(alone, cluster, 2, 1), cluster, recorder) as front:
+        sinks, core = streams(front), status(front).core_pid
+        sinks[0].wait(lambda: sinks[0].num_ids > 6)
+        (raylet,) = (process for process in cluster.head.processes() if process.name() == "raylet")
+        raylet.kill()
+        eventually(lambda: status(front).core_pid != core, "the core ends with its ranks")
+        print(status(front))
+        cluster.start_node(cluster.head)
+        assert [sink.wait().ids() for sink in sinks] == undisturbed
+        eventually(lambda: status(front).state == "ready", "it comes back")
+        assert not any(death.of_itself for death in read_deaths(front._address.deaths).values())
+        assert streams(front)[0].wait().ids() == undisturbed[0]
+
+
+def test_a_lost_machine_is_a_pause_where_another_has_room_and_an_error_where_none_has(
+    cluster: RayCluster, alone: CoreSpec, undisturbed: list[tuple[int, ...]]
+) -> None:
+    """Streams waited for ever for a machine that nobody would start again."""
+    isolated(cluster)
+    recorder = Recorder()
+    cluster.add()
+    with serving(spread(alone, cluster, 1, 2, wait_s=8.0), cluster, recorder) as front:
+        for last in (False, True):
+            (machine,) = (each for each in cluster.machines if ranks(each) == [1])
+            sinks = streams(front)
+            sinks[0].wait(lambda sinks=sinks: sinks[0].num_ids > 6)
+            machine.kill_all()
+            finals = [sink.wait().finals[0] for sink in sinks]
+            if not last:
+                assert [sink.ids() for sink in sinks] == undisturbed
+                assert recorder.restarts[-1][1] > 0, "streams were to be open"
+        assert all(isinstance(final.error, EngineLost) for final in finals)
+        print(finals[0].error)
+
+
+def test_a_cluster_that_is_too_small_is_refused_in_words(cluster: RayCluster, alone: CoreSpec) -> None:
+    message = "no room for the ranks within rank_wait_s=1: wanted are 4 machines, this one .* among them, with 2 CPU free each"
+    with pytest.raises(RanksMissing, match=message), serving(spread(alone, cluster, 4, 1, nodes=4, wait_s=1.0), cluster):
+        pass
+
+
+def isolated(cluster: RayCluster) -> None:
+    """Nodes that can be killed as machines are."""
+    if cluster.why_not_isolated:
+        pytest.skip(f"no network namespaces: {cluster.why_not_isolated}")

@@ -58,7 +58,8 @@ class LocalEngine:
 
 @contextmanager
 def local_engine(repository: Path, name: str | None = None, watch: Watch | None = None) -> Iterator[LocalEngine]:
-    """The engine of `repository`, running for as long as the block lasts, with the settings it was built with."""
+    """The engine of `repository`, running for as long as the block lasts, with the settings it was built with, but
+    with all ranks on this machine."""
     engine_dir = engine_named(repository, name)
     manifest = EngineManifest.read(engine_dir)
     serving = _serving(repository, manifest.name)
@@ -74,11 +75,6 @@ def local_engine(repository: Path, name: str | None = None, watch: Watch | None 
         num_threads=serving.threads,
         tensor_parallel=serving.tensor_parallel,
         pipeline_parallel=serving.pipeline_parallel,
-        launcher=serving.launcher,
-        num_nodes=serving.nodes,
-        rank_port=serving.rank_port,
-        rank_wait_s=serving.rank_wait_s,
-        ray_address=serving.ray_address,
     )
     builder = GenerationBuilder(
         manifest,

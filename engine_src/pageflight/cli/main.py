@@ -16,6 +16,8 @@ from pageflight.cli.console import console
 from pageflight.cli.errors import CommandError
 from pageflight.cli.generate import generate
 from pageflight.cli.inspect_repository import inspect
+from pageflight.cli.join import join
+from pageflight.cli.node import node
 from pageflight.cli.plan import plan
 from pageflight.cli.replay import replay
 from pageflight.cli.serve import serve
@@ -60,6 +62,8 @@ def root(
 app.command()(build)
 app.command()(serve)
 app.command()(up)
+app.command()(join)
+app.command()(node)
 app.command()(generate)
 app.command()(chat)
 app.command()(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,8 @@ def _runner(engine: Path, name: str | None, header: Header) -> Iterator[Runner]:
     from pageflight.runners.factory import load_engine
 
     silence_telemetry()
-    runner = load_engine(engine_named(engine, name), header.config, num_instances=header.num_instances).runner
+    config = replace(header.config, launcher="local", num_nodes=1)  # all ranks are here, wherever they were
+    runner = load_engine(engine_named(engine, name), config, num_instances=header.num_instances).runner
     try:
         if runner.limits.block_size != header.config.kv.block_size or runner.limits.vocab_size != header.vocab_size:
             raise CommandError(f"{engine} is another engine than the recorded one ({header.engine_dir})")

@@ -114,6 +114,9 @@ class ServerProcess:
                 kind = ServerCrash if self._process.returncode < 0 else ServerStartError
                 raise kind(self._why_it_ended())
             for line in reversed(self._lines):
+                if match := re.search(r"waiting for ranks? .*", line):
+                    tell(f"Starting tritonserver: {match[0]}")
+                    break
                 if match := re.search(r"(loading|successfully loaded) '?([\w.-]+)'?", line):
                     tell(f"Starting tritonserver: {match[1].removeprefix('successfully ')} {match[2]}")
                     break

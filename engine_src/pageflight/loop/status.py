@@ -16,7 +16,8 @@ State = Literal["starting", "ready", "restarting", "lost", "closed"]
 
 
 class CoreStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`starting` until the first core is ready, `restarting` until a later one is, `lost` when no more are tried."""
+    """`starting` until the first core is ready, `restarting` until a later one is, `lost` when no more are tried, or
+    ranks on other machines have not come in time for those who wait."""
 
     state: State
     supervisor_pid: int

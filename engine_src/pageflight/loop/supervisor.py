@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.5
 """Of its first blocks that a cache keeps however often memory does not suffice: then something else takes it."""
-_PERMANENT = frozenset(cls.__name__ for cls in (ManifestMismatch, CheckpointError, ConfigError))
+_PERMANENT = frozenset(cls.__name__ for cls in (ManifestMismatch, CheckpointError, ConfigError, RanksMissing))
 """Errors that another try cannot mend, unless the same engine has been ready before."""
-_FINAL = RanksMissing.__name__
-"""The error of a start that has waited as long as anybody is to wait."""
+_WAITED = RanksMissing.__name__
+"""Of a start that has waited for others as long as clients are to wait. They are told, and it is tried on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +151,8 @@ class Supervisor:
             if pause_s is None:
                 return self._set(state="lost", error=error, message=message, core_pid=0)
             state = "starting" if self._status.state == "starting" else "restarting"
+            if life.failure.error == _WAITED:
+                state = "lost"  # until the next core, for which nobody waits
             restarts = self._status.restarts + 1
             self._set(state=state, restarts=restarts, error=error, message=message, core_pid=0)
             self._closing.wait(pause_s)
@@ -309,15 +311,14 @@ class _Patience:
             self._failed_starts = self._patient_starts = 0
         elif life.of_itself and not (is_setting and self.has_been_ready):
             self._failed_starts += 1
-        else:
+        elif life.failure.error != _WAITED:
             self._patient_starts += 1
         if life.num_steps:
             self._useless_lives = 0
         elif not life.is_mended:
             self._useless_lives += life.was_ready and (life.of_itself or life.was_in_step)
         if (
-            life.failure.error == _FINAL
-            or (is_setting and not self.has_been_ready)
+            (is_setting and not self.has_been_ready)
             or self._failed_starts >= config.max_failed_starts
             or self._patient_starts >= config.max_killed_starts
             or self._useless_lives >= config.max_useless_lives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,6 +12,9 @@ from pageflight.ranks.key import rank_key
 from pageflight.ranks.launcher import Progress, RankHandle
 from pageflight.ranks.listener import RankListener, named
 from pageflight.ranks.local_launcher import LOOPBACK, LocalRank, dismiss
+from pageflight.ranks.network import gone_s
+
+log = logging.getLogger(__name__)
 
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 """Processes that torchrun starts on each machine: where they are several, each is a rank."""
@@ -22,7 +26,6 @@ class ExternalLauncher:
     def __init__(self, config: EngineConfig, progress: Progress) -> None:
         self._config, self._progress = config, progress
         self._num_ranks = config.tensor_parallel * config.pipeline_parallel
-        self._key = rank_key()
         self._listener: RankListener | None = None
         self.host, self.device_index = "", 0
 
@@ -31,16 +34,17 @@ class ExternalLauncher:
         if int(os.environ.get(LOCAL_WORLD_SIZE) or 1) > 1:
             num_local = 1
         remote = [place.rank for place in places if place.rank >= num_local]
-        listener = self._listener = RankListener(remote, self._key, port=self._config.rank_port)
+        if remote:
+            gone_s()  # raises for what no connection could tell
+            self._listener = RankListener(remote, rank_key(), port=self._config.rank_port)
         local: list[LocalRank] = []
         try:
             for place in places:
                 if place.rank < num_local:
                     local.append(LocalRank(place.rank))
-            there = listener.wait(self._config.rank_wait_s, self._tell)
+            there = self._listener.wait(self._config.rank_wait_s, self._tell) if self._listener is not None else []
         except BaseException:
             dismiss(local)
-            listener.close()
             raise
         self.host = there[-1].host if there else LOOPBACK
         return [*local, *there]
@@ -52,4 +56,6 @@ class ExternalLauncher:
     def _tell(self, missing: Sequence[int]) -> None:
         nodes = sorted({rank * self._config.num_nodes // self._num_ranks for rank in missing})
         words = ", ".join(map(str, nodes))
-        self._progress(f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in")
+        message = f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in"
+        log.info("%s", message)
+        self._progress(message)

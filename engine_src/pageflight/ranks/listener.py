@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 ANYWHERE = "0.0.0.0"
 MOST_STRANGERS = 64
 """Of whom it is not known yet whether they are ranks. More are sent away: each costs a thread for some seconds."""
+MOST_TOLD = 4
+"""Of those who were not taken: who waits in vain is told of the last ones."""
 _LOOK_S = 0.25
 
 
@@ -65,10 +67,11 @@ class RankListener:
         self._expected, self._key = frozenset(expected), key
         self._ranks: dict[int, RemoteRank] = {}
         self._changed = threading.Condition()
+        self._refused: dict[str, str] = {}  # by address, why the last one was not taken
         self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
         self._closing = threading.Event()
         try:
-            self._socket = socket.create_server((host, port), backlog=MOST_STRANGERS)
+            self._socket = socket.create_server((host, port), backlog=128)
         except OSError as error:
             raise ConfigError(f"rank_port={port}: cannot listen on it: {error.strerror or error}") from None
         self.port: int = self._socket.getsockname()[1]
@@ -94,7 +97,10 @@ class RankListener:
                     self._changed.wait(min(left_s, _LOOK_S))
                     continue
             if left_s <= 0:
-                raise RanksMissing(f"{named(absent)} did not dial in to port {self.port} within rank_wait_s={wait_s:g}")
+                others = "".join(f"; {address} was not taken: {why}" for address, why in self._refused.items())
+                raise RanksMissing(
+                    f"{named(absent)} did not dial in to port {self.port} within rank_wait_s={wait_s:g}{others}"
+                )
             missing(absent)
             told = absent
 
@@ -135,16 +141,24 @@ class RankListener:
                 if is_taken:
                     self._ranks[caller.hello.rank] = there = RemoteRank(caller.hello, peer)
                     self._changed.notify_all()
-            if refused:
-                log.warning("%s (%s) is not taken: %s", address, caller.hello.host, refused)
-            else:
+            if is_taken:
                 log.info("%s is here, from %s", there.name, address)
+            else:
+                self._turn_away(f"{address} ({caller.hello.host})", refused)
         except (NotARank, OSError) as error:
-            log.warning("%s dialled in and is not taken: %s", address, error)
+            self._turn_away(address, str(error))
         finally:
             self._strangers.release()
             if not is_taken:
                 peer.close()
+
+    def _turn_away(self, address: str, why: str) -> None:
+        if self._refused.get(address) != why:  # and not each time that it tries again
+            log.warning("%s was not taken: %s", address, why)
+        with self._changed:
+            self._refused[address] = why
+            while len(self._refused) > MOST_TOLD:
+                del self._refused[next(iter(self._refused))]
 
     def _refusal(self, hello: Hello) -> tuple[str, bool]:
         """Why a rank that has the key is not taken, if it is not; and whether it never will be."""

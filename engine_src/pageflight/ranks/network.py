@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import select
 import socket
 from typing import Any
@@ -11,19 +12,29 @@ import psutil  # type: ignore[import-untyped]
 
 from pageflight.core.errors import ConfigError
 
-GONE_S = 17.0
-"""A machine that vanished without a word is noticed within so many seconds."""
-_IDLE_S, _INTERVAL_S, _NUM_PROBES = 5, 3, 4
+GONE = "PAGEFLIGHT_RANK_GONE_S"
+"""Variable of the environment: seconds within which a machine that vanished without a word is noticed."""
+GONE_S = 18
 
 
 def keep_alive(peer: socket.socket) -> None:
     """Have the kernel ask whether the other end is still there, and send small messages at once."""
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _INTERVAL_S)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _NUM_PROBES)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(GONE_S * 1000))  # what was sent and not received
+    limit_s = gone_s()
+    interval_s = max(1, limit_s // 6)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, limit_s // interval_s - 1))
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_s * 1000)  # of what was sent and not received
+
+
+def gone_s() -> int:
+    """Raises ConfigError for a setting that cannot work."""
+    text = os.environ.get(GONE) or str(GONE_S)
+    if not text.isdigit() or not 2 <= int(text) <= 3600:
+        raise ConfigError(f"{GONE}={text!r}: must be a whole number of seconds from 2 to 3600")
+    return int(text)
 
 
 def wait_hang_up(fd: int, timeout_s: float | None = None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -187,7 +188,9 @@ def _over(rank: int, end: Any) -> Over:
 
 
 def _short(error: BaseException) -> str:
-    words = " ".join(str(error).split())
+    """What Ray says, without the numbers of its actors."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    words = " ".join(lines[1:] if isinstance(error, ActorDiedError) and len(lines) > 1 else lines)
     return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}…"
 
 
@@ -198,6 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # what Ray prints of its nodes and actors; the log has its own way
     line = Connection(arguments.line_fd)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the core has enough
         wanted = decode_to_driver(line.recv_bytes())
@@ -209,6 +213,9 @@ def main() -> int:
             cluster.send(cluster.placed())
         except PageflightError as error:
             line.send_bytes(encode(Refused(type(error).__name__, str(error))))
+            return 1
+        except Exception:
+            log.exception("the Ray driver ends")
             return 1
         _obey(cluster, line)
     return 0

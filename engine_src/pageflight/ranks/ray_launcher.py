@@ -19,8 +19,8 @@ from pageflight.ranks.ray_line import RayLine
 from pageflight.ranks.ray_messages import Kill, Start, Wanted
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-NEWS_S = 1.0
-"""How long Ray's word on a rank is waited for when its line has ended."""
+NEWS_S = 0.3
+"""How long Ray's word on a rank is waited for when its line has ended: less than anybody waits for the loss."""
 LEAST_DIAL_S = 30.0
 """What ranks that Ray has room for have to import torch and dial in, however long there was none."""
 _LOOK_S = 0.25

@@ -20,6 +20,7 @@ from pageflight.core.errors import ConfigError, RankLost
 from pageflight.core.manifest import EngineManifest, manifest_digest
 from pageflight.core.plan import StepPlan, StepResult
 from pageflight.kv.capacity import Capacity
+from pageflight.lowering.engine_dir import Verification, open_engine
 from pageflight.lowering.torch_lowering import TorchLowering
 from pageflight.models.sharding import Shard
 from pageflight.models.stages import Place, check_engine, check_nodes
@@ -174,12 +175,17 @@ def _explained(ranks: RankProcesses) -> Iterator[None]:
         raise loss from error
 
 
-def join(spec: RankSpec, device_index: int) -> tuple[Runner, GroupCommunicator]:
+def join(spec: RankSpec, device_index: int, *, verifies: bool = False) -> tuple[Runner, GroupCommunicator]:
     """In the process of another rank, on the GPU of its machine that `device_index` names where there are any: meet the
-    others and load this rank's part."""
+    others and load this rank's part. `verifies` the files of an engine that the first rank does not read."""
+    engine = open_engine(Path(spec.engine_dir), EngineManifest.read(Path(spec.engine_dir)).lowering)
+    verification = Verification(engine) if verifies else None
     device = _device(spec.place, device_index)
     communicator = GroupCommunicator(spec.place, reach_store(spec.host, spec.port), device, spec.host)
-    return _load(spec, communicator, device)[0], communicator
+    runner, _ = _load(spec, communicator, device)
+    if verification is not None:
+        verification.finish()
+    return runner, communicator
 
 
 def _load(spec: RankSpec, communicator: GroupCommunicator, device: torch.device) -> tuple[Runner, Capacity]:

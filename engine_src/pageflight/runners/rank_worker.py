@@ -44,9 +44,10 @@ def serve(runner: Runner, line: Connection) -> None:
         num_in_flight += 1
 
 
-def work(line: Connection, device_index: int, engine_dir: Path | None = None) -> int:
+def work(line: Connection, device_index: int, engine_dir: Path | None = None, *, verifies: bool = False) -> int:
     """Be the rank that the first message says until the line ends. `engine_dir`: where this machine has engines, if not
-    where the first rank has its own. The exit status."""
+    where the first rank has its own; `verifies`: it hashes their files, for all ranks of the machine. The exit
+    status."""
     try:
         try:
             spec = decode_spec(line.recv_bytes())
@@ -54,7 +55,7 @@ def work(line: Connection, device_index: int, engine_dir: Path | None = None) ->
             from pageflight.runners.parallel import join  # brings torch and the lowering
 
             line.send_bytes(encode(Present()))
-            runner, communicator = join(spec, device_index)
+            runner, communicator = join(spec, device_index, verifies=verifies)
             gc.collect()
             gc.freeze()  # what start-up made lives as long as the process, and others wait while it is walked through
             try:
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--parent-pid", type=int, default=0, help="process to die with; 0: nobody")
     parser.add_argument("--device-index", type=int, default=0, help="GPU, of those that this process sees")
     parser.add_argument("--engine-dir", type=Path, help="engine directory, or repository, of this machine")
+    parser.add_argument("--verify", action="store_true", help="hash the engine's files while they are loaded")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):  # its core, or who has it join, decides
         signal.signal(number, signal.SIG_IGN)
@@ -102,7 +104,7 @@ def main() -> int:
         log.error("rank %d: %s", arguments.rank, error)
         return NO_LEADER
     end_with(line)
-    return work(line, arguments.device_index, arguments.engine_dir)
+    return work(line, arguments.device_index, arguments.engine_dir, verifies=arguments.verify)
 
 
 if __name__ == "__main__":
