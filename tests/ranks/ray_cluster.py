@@ -15,7 +15,7 @@ import psutil
 
 _CLONE_NEWNET = 0x40000000
 _RAY = Path(sys.executable).with_name("ray")
-_START = ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus=2"]
+_START = ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus=2", "--num-gpus=2"]
 _PORT = 6399
 _SOON = {
     "RAY_health_check_initial_delay_ms": "500",
@@ -117,9 +117,9 @@ class RayCluster:
     def __init__(self, folder: Path) -> None:
         self._folder, self._closing = folder, ExitStack()
         self.why_not_isolated = why_not_isolated()
-        self._is_isolated = not self.why_not_isolated
+        self.is_isolated = not self.why_not_isolated
         self._num_machines = 0
-        self._switch = Machine(0, is_isolated=self._is_isolated)
+        self._switch = Machine(0, is_isolated=self.is_isolated)
         self._closing.callback(self._switch.close)
         self.head = self._machine()
         self.address = f"{self.head.address}:{_PORT}"
@@ -150,12 +150,12 @@ class RayCluster:
             self.machines.append(machine)
 
     def close(self) -> None:
-        if not self._is_isolated:
+        if not self.is_isolated:
             subprocess.run([_RAY, "stop", "--force"], capture_output=True)
         self._closing.close()
 
     def _machine(self) -> Machine:
         self._num_machines += 1
-        machine = Machine(self._num_machines, self._switch, is_isolated=self._is_isolated)
+        machine = Machine(self._num_machines, self._switch, is_isolated=self.is_isolated)
         self._closing.callback(machine.close)
         return machine

@@ -15,11 +15,10 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
 import ray
 from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
@@ -101,20 +100,21 @@ class Cluster:
                 told = words
 
     def _machines(self) -> list[Machine]:
-        free, resource = available_resources_per_node(), self._wanted.resource
+        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        resource = self._wanted.resource
         return [
             Machine(
                 node["NodeManagerAddress"],
                 node["Resources"].get(resource, 0.0),
                 free.get(node["NodeID"], {}).get(resource, 0.0),
             )
-            for node in sorted(ray.nodes(), key=lambda node: (node["NodeID"] != self._here, node["NodeID"]))
+            for node in sorted(_nodes(), key=lambda node: (node["NodeID"] != self._here, node["NodeID"]))
             if node["Alive"]
         ]
 
     def placed(self) -> Placed:
         """Where the ranks will be. On GPUs it takes one for the first rank, which is no process of Ray's."""
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes()}
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         gpu = ray.get(self._actor(0).gpu.remote()) if self._wanted.resource == "GPU" else ""
         return Placed(tuple(addresses[nodes[index]] for index in range(self._wanted.num_nodes)), gpu)
@@ -166,12 +166,18 @@ def _init(address: str) -> str:
     ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="pageflight")
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what befalls actors is told by us, once
     node_id: str = ray.get_runtime_context().get_node_id()
-    (address,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
-    if address not in own:  # it takes another one where there is none here
+    (address,) = (node["NodeManagerAddress"] for node in _nodes() if node["NodeID"] == node_id)
+    try:
+        socket.create_server((address, 0)).close()
+    except OSError:  # it takes another machine's node where there is none here
         ray.shutdown()
-        raise ConnectionError(f"no Ray node runs on this machine, the nearest is {address}")
+        raise ConnectionError(f"no Ray node runs on this machine, the nearest is {address}") from None
     return node_id
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
 
 
 def _over(rank: int, end: Any) -> Over:
@@ -201,8 +207,12 @@ def main() -> int:
     arguments = parser.parse_args()
     die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # what Ray prints of its nodes and actors; the log has its own way
-    line = Connection(arguments.line_fd)
+    # What Ray prints of its nodes and actors goes nowhere: what concerns the core is told in its log.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return _serve(Connection(arguments.line_fd))
+
+
+def _serve(line: Connection) -> int:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the core has enough
         wanted = decode_to_driver(line.recv_bytes())
         assert isinstance(wanted, Wanted)

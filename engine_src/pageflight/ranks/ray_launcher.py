@@ -71,9 +71,9 @@ class RayLauncher:
         key, host = secrets.token_hex(32), f"[{self.host}]" if ":" in self.host else self.host
         addresses = {place.rank: placed.addresses[place.rank // self._ranks_per_node] for place in places}
         listener = self._listener = RankListener(addresses.keys(), key.encode(), host=self.host)
-        command = ("pageflight.runners.rank_worker", f"--connect={host}:{listener.port}")
-        command += (f"--wait-s={LEAST_DIAL_S}",)
-        driver.send(Start({rank: (*command, f"--rank={rank}") for rank in addresses}, {KEY: key}))
+        dial = (f"--connect={host}:{listener.port}", f"--wait-s={LEAST_DIAL_S}")
+        commands = {rank: ("pageflight.runners.rank_worker", *dial, f"--rank={rank}") for rank in addresses}
+        driver.send(Start(commands, {KEY: key}))
         self._progress(f"waiting for ranks on {', '.join(dict.fromkeys(addresses.values()))}")
         there = _dialled_in(listener, driver, addresses, max(LEAST_DIAL_S, deadline_s - time.monotonic()))
         return [RayRank(remote, driver, addresses[remote.rank]) for remote in there]
@@ -125,7 +125,7 @@ def index_of_gpu(gpu: str, environment: Mapping[str, str]) -> int:
     names = [name.strip() for name in (visible or "").split(",")]
     if gpu not in names:
         raise ConfigError(
-            f"Ray gives GPU {gpu} to the first rank, which sees {VISIBLE}={visible!r}: start the server with all GPUs of"
-            " its Ray node"
+            f"Ray gives GPU {gpu} to the first rank, which sees {VISIBLE}={visible!r}: start the server with all GPUs"
+            " of its Ray node"
         )
     return names.index(gpu)

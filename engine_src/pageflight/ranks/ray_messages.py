@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -26,7 +26,7 @@ class Wanted(msgspec.Struct, tag=1, frozen=True, kw_only=True):
 class Start(msgspec.Struct, tag=2, frozen=True):
     """The core's: start these ranks, with this command line after `python -m`, and this in their environments."""
 
-    commands: dict[int, tuple[str, ...]]
+    commands: Mapping[int, tuple[str, ...]]
     environment: dict[str, str]
 
 
