@@ -19,11 +19,11 @@ _START = ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus
 _PORT = 6399
 _SOON = {
     "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "4",
 }
-"""A node that says nothing is given up after some 3 s, not 15."""
+"""A node that says nothing is given up after some 5 s, not 15."""
 
 
 class Machine:
@@ -114,10 +114,10 @@ def why_not_isolated() -> str:
 class RayCluster:
     """Of Ray's own processes. `head` is the first machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, why_not_isolated: str) -> None:
+        """`why_not_isolated` is not empty: all nodes are at one address."""
         self._folder, self._closing = folder, ExitStack()
-        self.why_not_isolated = why_not_isolated()
-        self.is_isolated = not self.why_not_isolated
+        self.why_not_isolated, self.is_isolated = why_not_isolated, not why_not_isolated
         self._num_machines = 0
         self._switch = Machine(0, is_isolated=self.is_isolated)
         self._closing.callback(self._switch.close)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from engines import make_checkpoint, make_engine, serve
 from front_harness import Collector, NumberText, Recorder, eventually, generation
-from ray_cluster import Machine, RayCluster
+from ray_cluster import Machine, RayCluster, why_not_isolated
 from servers import running_server
 from tiny_checkpoint import make_tiny_checkpoint
 
@@ -34,14 +34,14 @@ from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.recipe import build
 
 NUM_STREAMS, NUM_TOKENS = 4, 60
-RANKS, STAGES, BOTH = (2, 1, 60.0), (1, 2, 8.0), (2, 2, 60.0)
+RANKS, STAGES, BOTH = (2, 1, 60.0), (1, 2, 12.0), (2, 2, 60.0)
 """Ranks of a layer, stages, and seconds that a core waits for them."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """Of two machines, on the first of which cores are started."""
-    running = RayCluster(Path(tmp_path_factory.mktemp("ray", numbered=True)))
+    running = RayCluster(tmp_path_factory.mktemp("ray"), why_not_isolated())
     try:
         running.add()
         yield running
@@ -246,8 +246,8 @@ def test_stages_of_ranks_on_two_machines_give_the_ids_of_one(
 def test_a_killed_core_leaves_nothing_on_any_machine(
     cluster: RayCluster, front: Front, recorder: Recorder, undisturbed: list[tuple[int, ...]], victim: str
 ) -> None:
-    """What a dead core had reserved would have kept its successor out, which needs all that Ray has here; and ranks went
-    on without the driver that Ray knew them by."""
+    """What a dead core had reserved would have kept its successor out, which needs all that Ray has here; and ranks
+    went on without the driver that Ray knew them by."""
     isolated(cluster)
     core = psutil.Process(status(front).core_pid)
     (driver,) = (child for child in core.children() if "ray_driver" in " ".join(child.cmdline()))
@@ -281,6 +281,6 @@ def test_a_lost_machine_is_a_pause_where_another_has_room_and_an_error_where_non
     spare.kill_all()
     errors = [sink.wait().finals[0].error for sink in sinks]
     assert all(isinstance(error, EngineLost) for error in errors)
-    assert all("no room for the ranks within rank_wait_s=8" in str(error) for error in errors)
+    assert all("no room for the ranks within rank_wait_s=12" in str(error) for error in errors)
     with pytest.raises(EngineLost):
         front.submit(generation((1, 2, 3)), Collector())

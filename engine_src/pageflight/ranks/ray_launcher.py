@@ -75,7 +75,7 @@ class RayLauncher:
         commands = {rank: ("pageflight.runners.rank_worker", *dial, f"--rank={rank}") for rank in addresses}
         driver.send(Start(commands, {KEY: key}))
         self._progress(f"waiting for ranks on {', '.join(dict.fromkeys(addresses.values()))}")
-        there = _dialled_in(listener, driver, addresses, max(LEAST_DIAL_S, deadline_s - time.monotonic()))
+        there = dialled_in(listener, driver, addresses, max(LEAST_DIAL_S, deadline_s - time.monotonic()))
         return [RayRank(remote, driver, addresses[remote.rank]) for remote in there]
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class RayLauncher:
         )
 
 
-def _dialled_in(
+def dialled_in(
     listener: RankListener, driver: RayLine, addresses: Mapping[int, str], wait_s: float
 ) -> list[RemoteRank]:
     """All of them. Raises RankLost for one that ended instead, RanksMissing."""
