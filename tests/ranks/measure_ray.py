@@ -1,4 +1,4 @@
-"""What Ray costs at each step: `python tests/ranks/measure_ray.py` prints the table of docs/machines.md.
+"""What Ray costs at each step: `PYTHONPATH=tests/runners python tests/ranks/measure_ray.py` prints the table of docs/machines.md.
 
 Two ranks of a tiny engine on this machine answer a stream alone, started by the core and by Ray, in turns within one
 run. The third line has Ray's client in the process of the core, as a thread that waits for an actor: what a driver of
@@ -8,14 +8,10 @@ its own (`ranks.ray_driver`) spares it.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-
-_TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(_TESTS / name) for name in ("ranks", "runners")]
 
 import ray
 from engines import MAX_LEN, make_checkpoint, make_engine, serve_on
@@ -43,9 +39,7 @@ def step_ms(engine_dir: Path, launcher: str, address: str) -> float:
     engine = load_engine(engine_dir, config)
     taken_s = []
     for number in range(NUM_STREAMS):
-        asked = Request(
-            handle=number, prompt_ids=(number + 2, 3), sampling=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-        )
+        asked = Request(handle=number, prompt_ids=(number + 2, 3), sampling=SamplingParams(max_tokens=NUM_TOKENS))
         begun_s = time.monotonic()
         serve_on(engine, scheduler, [asked])
         taken_s.append(time.monotonic() - begun_s)
