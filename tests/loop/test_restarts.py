@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 from front_harness import CONFIG, SLOW, Collector, NumberText, Recorder, eventually, generation, run
 
-from pageflight.core.errors import DeadlineExceeded, EngineLost, PromptTooLong, QueueFull
+from pageflight.core.errors import DeadlineExceeded, EngineLost, PromptTooLong, QueueFull, RanksMissing
 from pageflight.loop import front as front_module
 from pageflight.loop.address import CoreAddress, private_address
 from pageflight.loop.core_process import CoreSpec, FakeEngine, core_command
@@ -21,7 +22,7 @@ from pageflight.loop.deaths import Death
 from pageflight.loop.front import Front
 from pageflight.loop.local import find_python, make_supervisor, start_core
 from pageflight.loop.open_sequence import OpenSequence, SharedStops
-from pageflight.loop.reports import CacheSize
+from pageflight.loop.reports import CacheSize, Report
 from pageflight.loop.status import read_status
 from pageflight.loop.supervisor import Supervisor, SupervisorConfig
 from pageflight.loop.takeover import replays
@@ -94,6 +95,51 @@ def test_what_keeps_a_core_from_coming_back_is_no_fault_of_its_requests() -> Non
         with pytest.raises(EngineLost, match="does not start again: neither an engine directory") as refused:
             front.submit(generation(), Collector())
         assert {type(error) for error in (*errors, refused.value)} == {EngineLost}
+
+
+def test_who_waits_for_ranks_in_vain_is_told_and_the_next_core_comes_all_the_same() -> None:
+    """A machine was away for ten minutes. Streams waited for four starts in a row, and then nobody tried any more."""
+    address, python, starts = private_address(), find_python(), []
+    words = Report("failed", "rank 1 did not dial in", RanksMissing.__name__)
+    absent = f"echo '{msgspec.json.encode(words).decode()}' > /proc/self/fd/"
+    is_back = threading.Event()
+
+    def command(report_fd: int, trace_fd: int, cache: CacheSize | None) -> list[str]:
+        starts.append(report_fd)
+        if len(starts) == 1 or is_back.is_set():
+            return core_command(python, SLOW, address, report_fd, trace_fd, cache)
+        return ["sh", "-c", f"{absent}{report_fd}; sleep 0.05; exit 1"]
+
+    config = SupervisorConfig(max_backoff_s=0.01, max_failed_starts=2, max_killed_starts=2)
+    supervisor = Supervisor(command, address, environment=dict(os.environ), config=config)
+    supervisor.start()
+    try:
+        supervisor.wait_ready(60)
+        front = Front(address, NumberText(), Recorder())
+        front.wait_ready(60)
+        (sink,) = begun(front, 1)
+        signal_core(front)
+        with pytest.raises(EngineLost, match="does not start again: rank 1 did not dial in"):
+            raise sink.wait().finals[0].error or AssertionError("it went on")
+        eventually(lambda: len(starts) > 6, "it is tried again and again")
+        is_back.set()
+        eventually(lambda: front.is_ready, "the ranks are back")
+        assert run(front, generation(max_tokens=5)).num_ids == 5
+        front.close(0)
+    finally:
+        supervisor.close(5)
+
+
+def test_a_first_start_that_waits_for_ranks_in_vain_is_the_only_one() -> None:
+    """The server did not say for minutes, four times as many as were asked for, that it could not start."""
+    words = Report("failed", "rank 1 did not dial in", RanksMissing.__name__)
+    line = f"echo '{msgspec.json.encode(words).decode()}' > /proc/self/fd/"
+    supervisor = Supervisor(lambda fd, *_: ["sh", "-c", f"{line}{fd}; exit 1"], private_address())
+    supervisor.start()
+    with pytest.raises(RanksMissing, match="rank 1 did not dial in"):
+        supervisor.wait_ready(60)
+    assert supervisor.status.restarts == 0
+    supervisor.close(0)
 
 
 def test_a_front_that_had_a_core_says_engine_lost_whatever_a_new_supervisor_meets() -> None:

@@ -11,14 +11,12 @@ import pytest
 _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), *(str(_TESTS / name) for name in ("loop", "runners", "clients"))]
 
-KEY = "a key that only these tests have"
 
-
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """A key, and machines that are missed soon; interfaces are chosen anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PAGEFLIGHT_RANK_KEY", KEY)
+        patch.setenv("PAGEFLIGHT_RANK_KEY", "a key that only these tests have")
         patch.setenv("PAGEFLIGHT_RANK_GONE_S", "3")
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "PAGEFLIGHT_RANK_KEY_FILE"):
             patch.delenv(name, raising=False)

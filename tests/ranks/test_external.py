@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import make_checkpoint, make_engine, serve
+from engines import make_checkpoint, make_engine, serve, serve_on
 from front_harness import Collector, NumberText, Recorder, eventually, generation
 from joined import config_of, free_port, joining, network, workers
 
@@ -23,6 +23,7 @@ from pageflight.loop.front import Front
 from pageflight.loop.local import start_core
 from pageflight.loop.status import CoreStatus, read_status
 from pageflight.loop.supervisor import SupervisorConfig
+from pageflight.runners.factory import load_engine
 
 NUM_STREAMS, NUM_TOKENS = 4, 100
 
@@ -38,14 +39,17 @@ def sampling(index: int) -> dict[str, object]:
     return {"max_tokens": NUM_TOKENS, "temperature": 1.0, "seed": index}
 
 
-@pytest.fixture(scope="module")
-def alone(engine: Path) -> list[tuple[int, ...]]:
-    """The answers of one rank."""
-    requests = [
+def requests() -> list[Request]:
+    return [
         Request(handle=index, prompt_ids=(index + 2, 2, 3), sampling=SamplingParams(**sampling(index)))
         for index in range(NUM_STREAMS)
     ]
-    served = serve(engine, requests)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Path) -> list[tuple[int, ...]]:
+    """The answers of one rank."""
+    served = serve(engine, requests())
     return [tuple(served.ids[index]) for index in range(NUM_STREAMS)]
 
 
@@ -89,6 +93,20 @@ def test_a_joined_rank_serves_what_one_serves_and_may_be_killed(engine: Path, al
         eventually(lambda: workers(join) not in ([], [rank]), "it dials in again for the next core")
         (rank,) = workers(join)
     assert not psutil.pid_exists(rank.pid)
+
+
+def test_a_stage_of_two_ranks_on_another_machine_serves_what_one_serves(
+    engine: Path, alone: list[tuple[int, ...]]
+) -> None:
+    """Ranks that the core starts and ranks that dial in: one met the others by another address, or was told another's
+    task."""
+    port = free_port()
+    config = config_of(port, tensor_parallel=2, pipeline_parallel=2)
+    with joining(engine, f"127.0.0.2:{port}", ranks=2):
+        loaded = load_engine(engine, config)
+        served = serve_on(loaded, config.scheduler, requests())
+        loaded.runner.close()
+    assert [tuple(served.ids[index]) for index in range(NUM_STREAMS)] == alone
 
 
 def test_a_machine_that_vanishes_is_waited_for_and_then_given_up_until_it_returns(

@@ -18,7 +18,7 @@ from pageflight.cli.errors import CommandError, ServerCrash
 from pageflight.cli.flags import takes
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.server_guard import ServerGuard
-from pageflight.cli.server_process import ServerProcess
+from pageflight.cli.server_process import WAITING, ServerProcess
 from pageflight.cli.watch_flags import WatchFlags
 from pageflight.loop.address import remove_leftovers
 from pageflight.loop.watch import Watch
@@ -81,12 +81,20 @@ def running_server(command: tritonserver.ServerCommand, flags: ServerFlags) -> I
 
 def _started(guard: ServerGuard, flags: ServerFlags, stack: ExitStack) -> ServerProcess:
     """A ready server that `stack` will drain. Raises ServerStartError when every try has failed."""
-    command = guard.command
+    command, told = guard.command, ""
+
+    def say(words: str) -> None:
+        nonlocal told
+        status.update(words)
+        if not console.is_terminal and WAITING in words and words != told:  # who reads a log sees no status line
+            console.print(words, highlight=False, soft_wrap=True)
+            told = words
+
     for attempt in range(1, STARTS + 1):
         server = ServerProcess(command.arguments, command.environment, flags.ports, verbose=flags.verbose)
         try:
             with console.status("Starting tritonserver …") as status:
-                server.wait_ready(status.update)
+                server.wait_ready(say)
         except ServerCrash as crash:
             server.kill()
             if attempt == STARTS:

@@ -20,6 +20,8 @@ from pageflight.cli import draining
 from pageflight.cli.client import is_ready
 from pageflight.cli.errors import ServerCrash, ServerStartError
 
+WAITING = "waiting for rank"
+"""What a core says that waits for other machines."""
 _KEPT_LINES = 400
 _POLL_S = 0.05
 _UNLOAD_S = 10.0
@@ -114,7 +116,7 @@ class ServerProcess:
                 kind = ServerCrash if self._process.returncode < 0 else ServerStartError
                 raise kind(self._why_it_ended())
             for line in reversed(self._lines):
-                if match := re.search(r"waiting for ranks? .*", line):
+                if match := re.search(f"{WAITING}.*", line):
                     tell(f"Starting tritonserver: {match[0]}")
                     break
                 if match := re.search(r"(loading|successfully loaded) '?([\w.-]+)'?", line):

@@ -17,6 +17,9 @@ from pageflight.models.config import DecoderConfig
 from pageflight.models.sharding import Shard
 from pageflight.models.weights import EMBED, HEAD, expected_shapes, layer_of
 
+MAX_RANK_WAIT_S = 1200.0
+"""A start may take half an hour, and loading has its part of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
@@ -85,8 +88,8 @@ def check_nodes(config: EngineConfig) -> None:
         )
     if not 0 < config.rank_port < 1 << 16:
         raise ConfigError(f"rank_port={config.rank_port}: must be from 1 to 65535")
-    if not 0 < config.rank_wait_s < float("inf"):
-        raise ConfigError(f"rank_wait_s={config.rank_wait_s}: must be above 0")
+    if not 0 < config.rank_wait_s <= MAX_RANK_WAIT_S:
+        raise ConfigError(f"rank_wait_s={config.rank_wait_s}: must be above 0 and at most {MAX_RANK_WAIT_S:g}")
 
 
 def cut_stages(layer_bytes: Sequence[int], *, first_bytes: int, last_bytes: int, num_stages: int) -> tuple[Stage, ...]:

@@ -66,7 +66,7 @@ class RankProcesses:
                 if not isinstance(message, Failed):
                     continue
                 self._last_words[each.rank] = message
-            raise self.loss(wait_s=GRACE_S) or RankLost(f"{each.name} closed its line")
+            raise self._gone(each)
 
     def send(self, message: bytes) -> None:
         """To every rank. Raises the loss of one."""
@@ -74,7 +74,7 @@ class RankProcesses:
             try:
                 each.line.send_bytes(message)
             except OSError:
-                raise self.loss(wait_s=GRACE_S) or RankLost(f"{each.name} closed its line") from None
+                raise self._gone(each) from None
 
     def computed(self) -> Iterator[tuple[int, Computed]]:
         """What ranks have said since the last call of the steps that they computed."""
@@ -111,6 +111,10 @@ class RankProcesses:
             watcher.join()
         self._launcher.close()
 
+    def _gone(self, each: RankHandle) -> PageflightError:
+        """Why a rank's line has ended."""
+        return self.loss(wait_s=GRACE_S) or self._reason(each, Ended(words="its line ended", return_code=None))
+
     def _read(self, each: RankHandle) -> Iterator[FromRank]:
         with suppress(EOFError, OSError):  # it has ended; who watches it says why
             while each.line.poll():
@@ -137,7 +141,8 @@ class RankProcesses:
     def _reason(self, each: RankHandle, ended: Ended) -> PageflightError:
         words = self._last_words.get(each.rank)
         if words is not None and words.error in _TYPED:
-            return _TYPED[words.error](words.message)
+            is_named = each.name in words.message
+            return _TYPED[words.error](words.message if is_named else f"{each.name}: {words.message}")
         if words is not None:
             return RankLost(f"{each.name} failed: {words.error}: {words.message}")
         return RankLost(f"{each.name} died ({ended.words})", return_code=ended.return_code)
