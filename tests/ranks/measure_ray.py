@@ -1,13 +1,16 @@
-"""What Ray costs at each step: `PYTHONPATH=tests/runners python tests/ranks/measure_ray.py` prints the table of docs/machines.md.
+"""What Ray costs at each step, the table of docs/machines.md.
+
+    PYTHONPATH=tests/runners python tests/ranks/measure_ray.py
 
 Two ranks of a tiny engine on this machine answer a stream alone, started by the core and by Ray, in turns within one
-run. The third line has Ray's client in the process of the core, as a thread that waits for an actor: what a driver of
+run. The third line has Ray's client in the process of the core, with a thread that waits for an actor, which a driver of
 its own (`ranks.ray_driver`) spares it.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +24,7 @@ from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.request import Request, SamplingParams
 from pageflight.runners.factory import load_engine
 
-NUM_ROUNDS, NUM_STREAMS, NUM_TOKENS = 7, 6, MAX_LEN - 10
+NUM_ROUNDS, NUM_STREAMS, NUM_TOKENS = 5, 4, MAX_LEN - 10
 
 
 def step_ms(engine_dir: Path, launcher: str, address: str) -> float:
@@ -30,7 +33,7 @@ def step_ms(engine_dir: Path, launcher: str, address: str) -> float:
     config = EngineConfig(
         kv=KVConfig(num_blocks=64),
         scheduler=scheduler,
-        num_threads=2,
+        num_threads=1,
         tensor_parallel=2,
         launcher=launcher,  # type: ignore[arg-type]
         ray_address=address,
@@ -70,6 +73,7 @@ def main() -> None:
             for round_ in range(NUM_ROUNDS + 1):
                 for launcher in ("local", "ray"):
                     found = step_ms(engine_dir, launcher, cluster.address)
+                    print(f"{launcher}: {found:.2f} ms", file=sys.stderr)
                     if round_:  # the first one warms up
                         taken_ms[launcher].append(found)
             be_a_driver(cluster.address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ import psutil
 _CLONE_NEWNET = 0x40000000
 _RAY = Path(sys.executable).with_name("ray")
 _START = ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus=2", "--num-gpus=2"]
-_PORT = 6399
 _SOON = {
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "1000",
@@ -122,7 +122,10 @@ class RayCluster:
         self._switch = Machine(0, is_isolated=self.is_isolated)
         self._closing.callback(self._switch.close)
         self.head = self._machine()
-        self.address = f"{self.head.address}:{_PORT}"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.address = f"{self.head.address}:{self._port}"
         self.machines: list[Machine] = []
         self.start_node(self.head)
 
@@ -135,23 +138,26 @@ class RayCluster:
     def start_node(self, machine: Machine) -> None:
         is_first = not self.machines
         where = (
-            ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+            ["--head", f"--port={self._port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
             if is_first
             else [f"--address={self.address}"]
         )
         with machine.entered():
-            subprocess.run(
+            started = subprocess.run(
                 [_RAY, "start", *where, f"--node-ip-address={machine.address}", *_START],
-                check=True,
                 capture_output=True,
-                env={**os.environ, **_SOON},
+                text=True,
+                env={**os.environ, **(_SOON if self.is_isolated else {})},
             )
+            assert started.returncode == 0, started.stdout + started.stderr
         if machine not in self.machines:
             self.machines.append(machine)
 
     def close(self) -> None:
-        if not self.is_isolated:
-            subprocess.run([_RAY, "stop", "--force"], capture_output=True)
+        for process in psutil.process_iter():  # also those of nodes that share an address; not anybody else's
+            with suppress(psutil.Error):
+                if str(self._folder) in " ".join(process.cmdline()) and process.pid != os.getpid():
+                    process.kill()
         self._closing.close()
 
     def _machine(self) -> Machine:
