@@ -17,7 +17,7 @@ def environment() -> Iterator[None]:
     """A key, and machines that are missed soon; interfaces are chosen anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFLIGHT_RANK_KEY", "a key that only these tests have")
-        patch.setenv("PAGEFLIGHT_RANK_GONE_S", "3")
+        patch.setenv("PAGEFLIGHT_RANK_GONE_S", "2")
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "PAGEFLIGHT_RANK_KEY_FILE"):
             patch.delenv(name, raising=False)
         yield

@@ -57,7 +57,12 @@ def joining(engine: Path, leader: str, *, within: Sequence[str] = (), ranks: int
 
 
 def workers(join: psutil.Process) -> list[psutil.Process]:
-    return [child for child in join.children() if "rank_worker" in " ".join(child.cmdline())]
+    found = []
+    for child in join.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "rank_worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @dataclass(frozen=True)

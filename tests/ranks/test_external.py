@@ -109,15 +109,13 @@ def test_a_stage_of_two_ranks_on_another_machine_serves_what_one_serves(
     assert [tuple(served.ids[index]) for index in range(NUM_STREAMS)] == alone
 
 
-def test_a_machine_that_vanishes_is_waited_for_and_then_given_up_until_it_returns(
-    engine: Path, alone: list[tuple[int, ...]]
-) -> None:
+def test_a_machine_that_vanishes_is_waited_for_and_then_given_up(engine: Path, alone: list[tuple[int, ...]]) -> None:
     """A stage on a machine of its own, whose network goes without a word: streams hung for ever, on both machines."""
     with network() as machine:
         if machine is None:
             pytest.skip("network namespaces need root and `ip`")
         port, recorder = free_port(), Recorder()
-        config = config_of(port, pipeline_parallel=2, wait_s=6.0)
+        config = config_of(port, pipeline_parallel=2, wait_s=5.0)
         with (
             joining(engine, f"{machine.address}:{port}", within=machine.within),
             started(engine, config, recorder) as front,
@@ -136,10 +134,6 @@ def test_a_machine_that_vanishes_is_waited_for_and_then_given_up_until_it_return
             for sink in sinks:
                 error = sink.wait().finals[0].error
                 assert isinstance(error, EngineLost)
-                assert "rank 1 did not dial in to port" in str(error) and "within rank_wait_s=6" in str(error)
+                assert "rank 1 did not dial in to port" in str(error) and "within rank_wait_s=5" in str(error)
             with pytest.raises(EngineLost, match="rank 1 did not dial in"):
                 streams(front)
-            machine.link("up")
-            eventually(lambda: status(front).state == "ready", "nobody has to start it again")
-            eventually(lambda: front.is_ready, "and its front knows")
-            assert [sink.wait().ids() for sink in streams(front)] == alone

@@ -19,12 +19,12 @@ from joined import PAGEFLIGHT, config_of, free_port
 from pageflight.cli.errors import CommandError
 from pageflight.cli.joined_ranks import Joining, keep_joined
 from pageflight.cli.main import main
-from pageflight.core.errors import ManifestMismatch
+from pageflight.core.errors import ConfigError, ManifestMismatch
 from pageflight.core.manifest import manifest_digest
 from pageflight.models.stages import Place
 from pageflight.ranks.listener import RankListener, RemoteRank
 from pageflight.ranks.messages import Failed, Present, RankSpec, decode_from_rank, encode
-from pageflight.ranks.process_group import open_store
+from pageflight.ranks.process_group import open_store, reach_store
 from pageflight.runners import parallel
 from pageflight.runners.engine_copies import own_copy
 
@@ -142,6 +142,14 @@ def test_a_copy_of_the_weights_with_a_wrong_byte_is_found_on_its_own_machine(
     runner.close()
     communicator.close(is_whole=False)
     thread.join()
+
+
+def test_a_port_that_no_other_machine_reaches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank port was open and no other: both machines waited for half an hour, without a word."""
+    with pytest.raises(
+        ConfigError, match=r"cannot reach the first rank's port \d+ at 127\.0\.0\.1: Connection refused"
+    ):
+        reach_store(HOST, free_port())
 
 
 def test_a_rank_that_waits_for_what_never_comes_ends_with_its_line(engine: Path, leader: RankListener) -> None:

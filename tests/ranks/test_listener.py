@@ -173,6 +173,19 @@ def test_a_rank_that_goes_before_all_are_there_must_come_again(two: RankListener
     assert told[:2] == [[3], [2, 3]]
 
 
+def test_a_rank_that_is_lost_later_is_not_replaced_under_who_has_it(two: RankListener) -> None:
+    """It dialled in again before the core had noticed, and the core read the old one's words from a closed line."""
+    lines = [dial(leader(two), rank, KEY, wait_s=5) for rank in (2, 3)]
+    ranks = two.wait(5, lambda missing: None)
+    lines[0].send_bytes(b"last words")
+    lines[0].close()
+    assert ranks[0].wait(5) is not None
+    with pytest.raises(NoLeader, match="is here already"):
+        dial(leader(two), 2, KEY, wait_s=0.2)
+    assert ranks[0].line.recv_bytes() == b"last words"
+    lines[1].close()
+
+
 def test_a_port_that_is_taken_is_named(two: RankListener) -> None:
     with pytest.raises(ConfigError, match=f"rank_port={two.port}: cannot listen on it: Address already in use"):
         RankListener([1], KEY, host=HOST, port=two.port)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pageflight.cli.errors import CommandError
+from pageflight.ranks.dialing import ENDED, NO_LEADER, REFUSED
 from pageflight.ranks.local_launcher import ended, worker_environment
 
 log = logging.getLogger(__name__)
 
-ENDED, NO_LEADER, REFUSED = 0, os.EX_TEMPFAIL, os.EX_NOPERM
-"""Exit statuses of `runners.rank_worker`."""
 _LOOK_S = 0.1
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONG_LIFE_S = 0.5, 5.0, 30.0
 

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 3.0
 """What a rank has to end by itself when its line has."""
+ENDED, FAILED, NO_LEADER, REFUSED = 0, 1, os.EX_TEMPFAIL, os.EX_NOPERM
+"""How a rank exits: its line has ended, it has failed and said so, nobody took it in time, and nobody ever will."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
 
 

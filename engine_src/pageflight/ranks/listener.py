@@ -66,6 +66,7 @@ class RankListener:
         """`port` 0: any that is free. Raises ConfigError for one that cannot be had."""
         self._expected, self._key = frozenset(expected), key
         self._ranks: dict[int, RemoteRank] = {}
+        self._is_complete = False  # somebody else has the ranks now, and their ends are his affair
         self._changed = threading.Condition()
         self._refused: dict[str, str] = {}  # by address, why the last one was not taken
         self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
@@ -91,6 +92,7 @@ class RankListener:
                     self._ranks.pop(rank).close()
                 absent = sorted(self._expected - self._ranks.keys())
                 if not absent:
+                    self._is_complete = True
                     return [self._ranks[rank] for rank in sorted(self._ranks)]
                 left_s = deadline_s - time.monotonic()
                 if left_s > 0 and absent == told:
@@ -169,7 +171,7 @@ class RankListener:
             return f"rank {rank} does not dial in: {named(sorted(self._expected))} of this model do", True
         if self._closing.is_set():
             return "the leader is about to end", False
-        if rank in self._ranks and not self._ranks[rank].wait(0.0):
+        if rank in self._ranks and (self._is_complete or not self._ranks[rank].wait(0.0)):
             return f"{self._ranks[rank].name} is here already", False
         if rank in self._ranks:
             self._ranks.pop(rank).close()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from pageflight.core.errors import ConfigError
 from pageflight.models.stages import Place
 from pageflight.ranks.network import interface_towards
 
@@ -19,6 +20,7 @@ TIMEOUT = timedelta(seconds=1800)
 """Of starting, where one rank may read its weights long after another. A step that hangs is its supervisor's affair."""
 MAX_SENT = 256
 """Tensors that were sent and may not have been read yet: more than two steps have."""
+_REACH_S = 10.0
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -36,7 +38,14 @@ def open_store(host: str) -> tuple[TCPStore, int]:
 
 
 def reach_store(host: str, port: int) -> TCPStore:
-    """The store that another process opened."""
+    """The store that another process opened. Raises ConfigError where no port but the leader's can be reached."""
+    try:
+        socket.create_connection((host, port), timeout=_REACH_S).close()  # TCPStore would try for as long as `TIMEOUT`
+    except OSError as error:
+        raise ConfigError(
+            f"{socket.gethostname()} cannot reach the first rank's port {port} at {host}: {error.strerror or error};"
+            " ranks need all ports between their machines"
+        ) from None
     return TCPStore(host, port, is_master=False, timeout=TIMEOUT)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pageflight.core.errors import ConfigError
 from pageflight.core.parent import die_with
-from pageflight.ranks.dialing import NoLeader, dial, end_with, parse_leader
+from pageflight.ranks.dialing import ENDED, FAILED, NO_LEADER, REFUSED, NoLeader, dial, end_with, parse_leader
 from pageflight.ranks.handshake import RankRefused
 from pageflight.ranks.key import rank_key
 from pageflight.ranks.messages import Computed, Failed, Present, decode_spec, digest_of, encode
@@ -26,9 +25,6 @@ from pageflight.runners.base import BusyRunner, Runner
 from pageflight.runners.engine_copies import own_copy
 
 log = logging.getLogger("pageflight.rank")
-
-ENDED, FAILED, NO_LEADER, REFUSED = 0, 1, os.EX_TEMPFAIL, os.EX_NOPERM
-"""Exit statuses: its line has ended, it has failed and said so, nobody took it in time, and nobody ever will."""
 
 
 def serve(runner: Runner, line: Connection) -> None:
