@@ -3,8 +3,8 @@
     PYTHONPATH=tests/runners python tests/ranks/measure_ray.py
 
 Two ranks of a tiny engine on this machine answer a stream alone, started by the core and by Ray, in turns within one
-run. The third line has Ray's client in the process of the core, with a thread that waits for an actor, which a driver of
-its own (`ranks.ray_driver`) spares it.
+run. The third line has Ray's client in the process of the core, with a thread that waits for an actor, instead of in a
+driver of its own (`ranks.ray_driver`).
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_a_cluster_that_is_too_small_is_refused_in_words(cluster: RayCluster, al
 def test_ranks_of_two_machines_give_the_ids_of_one(
     cluster: RayCluster, front: Front, undisturbed: list[tuple[int, ...]]
 ) -> None:
-    """And as fast: Ray starts its processes at nice 15, so that every step waited for a rank that others went before."""
+    """And as fast: Ray starts its processes at nice 15, and every step waited for a rank that others went before."""
     assert [sink.wait().ids() for sink in streams(front)] == undisturbed
     if cluster.is_isolated:
         assert [ranks(machine) for machine in cluster.machines] == [[], [1]]
