@@ -59,7 +59,7 @@ class Cluster:
         self._wanted, self._line, self._sending = wanted, line, threading.Lock()
         self._actors: dict[int, Any] = {}
         deadline_s = time.monotonic() + wanted.wait_s
-        self._here = self._join(deadline_s)
+        self._here, self._address = self._join(deadline_s)
         # A bundle for each machine, all on different ones, and the first where this process is: so each has its ranks,
         # neighbours in number, whatever else the cluster does. A bundle for each rank would leave that to Ray.
         self._group = placement_group(
@@ -69,8 +69,8 @@ class Cluster:
         )
         self._wait_room(deadline_s)
 
-    def _join(self, deadline_s: float) -> str:
-        """Become a driver on this machine's node: its id."""
+    def _join(self, deadline_s: float) -> tuple[str, str]:
+        """Become a driver on this machine's node: its id and address."""
         address, told = self._wanted.address, ""
         while True:
             try:
@@ -91,8 +91,7 @@ class Cluster:
     def _wait_room(self, deadline_s: float) -> None:
         told = ""
         while not self._group.wait(min(_LOOK_S, max(0.0, deadline_s - time.monotonic()))):
-            machines = self._machines()
-            words = shortage(self._wanted, machines[0].address, machines)
+            words = shortage(self._wanted, self._address, self._machines())
             if time.monotonic() >= deadline_s:
                 raise RanksMissing(f"no room for the ranks within rank_wait_s={self._wanted.wait_s:g}: {words}")
             if words != told:
@@ -158,21 +157,40 @@ class Cluster:
                     self.send(_over(ends.pop(end), end))
 
 
-def _init(address: str) -> str:
-    """Raises OSError or RuntimeError where there is no cluster, or no node of it on this machine."""
+def _init(address: str) -> tuple[str, str]:
+    """Id and address of this machine's node. Raises OSError or RuntimeError where there is no cluster, or no such node."""
     host, _, port = address.rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=_LOOK_S).close()  # Ray itself would try for minutes
-    ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="pageflight")
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what befalls actors is told by us, once
-    node_id: str = ray.get_runtime_context().get_node_id()
-    (address,) = (node["NodeManagerAddress"] for node in _nodes() if node["NodeID"] == node_id)
-    try:
-        socket.create_server((address, 0)).close()
-    except OSError:  # it takes another machine's node where there is none here
+    here = None
+    while True:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            namespace="pageflight",
+            _node_ip_address=here,
+        )
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # what befalls actors is told by us, once
+        node_id: str = ray.get_runtime_context().get_node_id()
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes() if node["Alive"]}
+        if _is_own(addresses[node_id]):
+            return node_id, addresses[node_id]
+        # It takes any node whose process it sees; containers may show those of others.
         ray.shutdown()
-        raise ConnectionError(f"no Ray node runs on this machine, the nearest is {address}") from None
-    return node_id
+        own = next(filter(_is_own, addresses.values()), None)
+        if own is None or here is not None:
+            raise ConnectionError(f"no Ray node runs on this machine, the nearest is {addresses[node_id]}")
+        here = own
+
+
+def _is_own(address: str) -> bool:
+    """Whether this machine, or its container, has the address."""
+    try:
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -186,8 +204,8 @@ def _over(rank: int, end: Any) -> Over:
         code: int = ray.get(end)
     except RayTaskError as error:
         return Over(rank, f"its actor failed: {_short(error.cause)}", 1)
-    except RayActorError as error:  # killed, or its machine is gone
-        return Over(rank, f"Ray says: {_short(error)}", -signal.SIGKILL)
+    except RayActorError as error:  # it never came up; it was killed, or its machine is gone
+        return Over(rank, f"Ray says: {_short(error)}", 1 if error.actor_init_failed else -signal.SIGKILL)
     except RayError as error:
         return Over(rank, f"Ray says: {_short(error)}", 1)
     return Over(rank, f"signal {-code}" if code < 0 else f"exit status {code}", code)
