@@ -134,6 +134,7 @@ class ServingOptions:
     nodes: int = 1
     rank_port: int = EngineConfig().rank_port
     rank_wait_s: float = EngineConfig().rank_wait_s
+    ray_address: str = EngineConfig().ray_address
     engine_name: str = "engine"
     exclude_input_in_output: bool = True
     default_max_tokens: int = 256

@@ -166,6 +166,7 @@ def engines_of(options: BuildOptions) -> tuple[WantedEngine, ...]:
                 num_nodes=options.serving.nodes,
                 rank_port=options.serving.rank_port,
                 rank_wait_s=options.serving.rank_wait_s,
+                ray_address=options.serving.ray_address,
             )
         )
     cuts = [ranks_cut_for(engine, each.tensor_parallel) for engine, each in zip(wanted, ranks, strict=True)]

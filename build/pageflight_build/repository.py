@@ -149,6 +149,7 @@ def deployments(models: Sequence[ModelRecord]) -> dict[str, Deployment]:
             nodes=model.serving.nodes,
             rank_port=model.serving.rank_port,
             rank_wait_s=model.serving.rank_wait_s,
+            ray_address=model.serving.ray_address,
             prefix_cache=model.serving.prefix_cache,
             deterministic=model.serving.deterministic,
             exclude_input_in_output=model.serving.exclude_input_in_output,

@@ -71,6 +71,7 @@ class Deployment:
     nodes: int = 1
     rank_port: int = EngineConfig().rank_port
     rank_wait_s: float = EngineConfig().rank_wait_s
+    ray_address: str = EngineConfig().ray_address
     prefix_cache: bool = True
     deterministic: bool = False
     exclude_input_in_output: bool = True
@@ -151,6 +152,7 @@ def model_configs(deployment: Deployment) -> dict[str, model_config_pb2.ModelCon
         "nodes": str(deployment.nodes),
         "rank_port": str(deployment.rank_port),
         "rank_wait_s": str(deployment.rank_wait_s),
+        "ray_address": deployment.ray_address,
         "prefix_cache": _flag(deployment.prefix_cache),
         "deterministic": _flag(deployment.deterministic),
     }

@@ -43,6 +43,7 @@ SERVING = ServingOptions(
     nodes=2,
     rank_port=4000,
     rank_wait_s=7.5,
+    ray_address="10.0.0.1:6379",
     prefix_cache=False,
 )
 

@@ -108,6 +108,7 @@ def test_every_build_option_reaches_the_build(tmp_path: Path) -> None:
         "nodes": 2,
         "rank_port": 4000,
         "rank_wait_s": 7.5,
+        "ray_address": "10.0.0.1:6379",
         "prefix_cache": False,
         "deterministic": True,
         "default_max_tokens": 8,

@@ -44,6 +44,7 @@ LEAVES = {
     "rich": {"cli", "pageflight_build"},
     "zmq": {"loop"},
     "huggingface_hub": {"pageflight_build"},
+    "ray": {"ranks"},
 }
 
 

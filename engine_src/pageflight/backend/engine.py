@@ -149,6 +149,7 @@ def core_spec(settings: ModelSettings) -> CoreSpec:
             num_nodes=settings.number("nodes", 1),
             rank_port=settings.number("rank_port", 1),
             rank_wait_s=settings.real("rank_wait_s"),
+            ray_address=settings.text("ray_address"),
         ),
         engine_dir="" if fake_engine is not None else str(engine_dir),
         num_instances=settings.num_beside,

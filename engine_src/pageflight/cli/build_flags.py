@@ -242,6 +242,9 @@ class BuildFlags:
         float,
         typer.Option(help="Seconds that a core waits for ranks that others start.", rich_help_panel=_SERVING),
     ] = _SERVING_DEFAULTS.rank_wait_s
+    ray_address: Annotated[
+        str, typer.Option(help="HOST:PORT of the Ray cluster of --launcher ray; auto: RAY_ADDRESS, or the one here.")
+    ] = _SERVING_DEFAULTS.ray_address
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the K/V blocks of prompts that begin alike.", rich_help_panel=_SERVING)
     ] = True
@@ -329,6 +332,7 @@ class BuildFlags:
                 nodes=self.nodes,
                 rank_port=self.rank_port,
                 rank_wait_s=self.rank_wait_s,
+                ray_address=self.ray_address,
                 engine_name=self.engine_name,
                 exclude_input_in_output=self.exclude_input_in_output,
                 default_max_tokens=self.default_max_tokens,

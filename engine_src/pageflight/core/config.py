@@ -106,6 +106,8 @@ class EngineConfig:
     """Of the core's machine, where ranks of launcher `external` dial in."""
     rank_wait_s: float = 300.0
     """How long a core waits for ranks that others start."""
+    ray_address: str = "auto"
+    """Of the Ray cluster that launcher `ray` joins, HOST:PORT; "auto": what RAY_ADDRESS says, else the one here."""
     num_threads: int = 0
     """Compute threads of this instance; 0 means all cores that the process may use."""
     seed: int = 0

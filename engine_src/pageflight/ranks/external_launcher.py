@@ -27,7 +27,7 @@ class ExternalLauncher:
         self._config, self._progress = config, progress
         self._num_ranks = config.tensor_parallel * config.pipeline_parallel
         self._listener: RankListener | None = None
-        self.host = ""
+        self.host, self.device_index = "", 0
 
     def start(self, places: Sequence[Place]) -> Sequence[RankHandle]:
         num_local = self._num_ranks // self._config.num_nodes

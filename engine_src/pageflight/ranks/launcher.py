@@ -59,6 +59,11 @@ class Launcher(Protocol):
         """Address of this process's machine under which all ranks reach it; known once `start` has returned."""
         ...
 
+    @property
+    def device_index(self) -> int:
+        """The first rank's GPU, of those that this process sees; known once `start` has returned."""
+        ...
+
     def start(self, places: Sequence[Place]) -> Sequence[RankHandle]:
         """A handle for each, in this order; waits for those that others start. Raises RanksMissing, ConfigError; what
         had been started is gone then. The kernel may end local ranks with the *thread* that calls this."""

@@ -13,9 +13,9 @@ def open_launcher(config: EngineConfig, progress: Progress) -> Launcher:
 
         return ExternalLauncher(config, progress)
     if config.launcher == "ray":
-        from pageflight.ranks.ray_launcher import ray_launcher
+        from pageflight.ranks.ray_launcher import RayLauncher
 
-        return ray_launcher(config, progress)
+        return RayLauncher(config, progress)
     from pageflight.ranks.local_launcher import LocalLauncher
 
     return LocalLauncher()

@@ -45,7 +45,7 @@ class LocalRank:
 class LocalLauncher:
     """Starts ranks on this machine, whose devices are numbered as they are."""
 
-    host = LOOPBACK
+    host, device_index = LOOPBACK, 0
 
     def start(self, places: Sequence[Place]) -> Sequence[LocalRank]:
         started: list[LocalRank] = []

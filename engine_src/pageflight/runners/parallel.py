@@ -140,12 +140,12 @@ def load_parallel(
         log.info("layers of the stages: %s", ", ".join(f"{stage.begin}-{stage.end - 1}" for stage in stages))
     first = Place(rank=0, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     num_local = first.num_ranks // config.num_nodes
-    device = _device(first, 0, num_local)
     launcher, places = open_launcher(config, progress), [replace(first, rank=rank) for rank in range(first.num_ranks)]
     ranks = RankProcesses(launcher, places[1:], on_loss)
     with ExitStack() as failed:
         failed.callback(ranks.close)
         failed.callback(ranks.dismiss, at_once=True)
+        device = _device(first, launcher.device_index, num_local)
         store, port = open_store(launcher.host)
         specs = [
             RankSpec(
