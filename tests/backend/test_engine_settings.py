@@ -106,6 +106,7 @@ def test_every_setting_of_the_scheduler_reaches_the_core(repository: Path) -> No
     assert spec.config.tensor_parallel == 4 and spec.config.pipeline_parallel == 3
     assert spec.config.launcher == "external" and spec.config.num_nodes == 2
     assert spec.config.rank_port == 4000 and spec.config.rank_wait_s == 7.5
+    assert spec.config.ray_address == "10.0.0.1:6379"
 
 
 def test_a_tenants_file_named_by_hand_is_looked_for_in_the_repository(repository: Path) -> None:

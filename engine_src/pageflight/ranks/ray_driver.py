@@ -158,7 +158,7 @@ class Cluster:
 
 
 def _init(address: str) -> tuple[str, str]:
-    """Id and address of this machine's node. Raises OSError or RuntimeError where there is no cluster, or no such node."""
+    """Id and address of this machine's node. Raises OSError or RuntimeError where there is none, or no cluster."""
     host, _, port = address.rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=_LOOK_S).close()  # Ray itself would try for minutes
@@ -174,13 +174,14 @@ def _init(address: str) -> tuple[str, str]:
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # what befalls actors is told by us, once
         node_id: str = ray.get_runtime_context().get_node_id()
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes() if node["Alive"]}
-        if _is_own(addresses[node_id]):
-            return node_id, addresses[node_id]
+        nearest = addresses.get(node_id)
+        if nearest is not None and _is_own(nearest):
+            return node_id, nearest
         # It takes any node whose process it sees; containers may show those of others.
         ray.shutdown()
         own = next(filter(_is_own, addresses.values()), None)
         if own is None or here is not None:
-            raise ConnectionError(f"no Ray node runs on this machine, the nearest is {addresses[node_id]}")
+            raise ConnectionError(f"no Ray node runs on this machine, the nearest is {nearest}")
         here = own
 
 
