@@ -125,8 +125,8 @@ def load_parallel(
     RankLost when a rank dies meanwhile, RanksMissing when others have not started theirs in time.
     """
     tensor_parallel, pipeline_parallel = config.tensor_parallel, config.pipeline_parallel
-    name = EngineManifest.read(engine_dir).lowering
     check_nodes(config)
+    name = EngineManifest.read(engine_dir).lowering
     check_engine(name, tensor_parallel, pipeline_parallel)
     if name == "tensorrt":
         engine = open_engine(engine_dir, name, tensor_parallel)
