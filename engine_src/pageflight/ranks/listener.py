@@ -138,6 +138,8 @@ class RankListener:
             caller = Caller(peer, self._key)
             with self._changed:
                 refused, is_final = self._refusal(caller.hello)
+                if refused:
+                    self._turn_away(f"{address} ({caller.hello.host})", refused)
                 caller.answer(refused, is_final=is_final)
                 is_taken = not refused
                 if is_taken:
@@ -145,8 +147,6 @@ class RankListener:
                     self._changed.notify_all()
             if is_taken:
                 log.info("%s is here, from %s", there.name, address)
-            else:
-                self._turn_away(f"{address} ({caller.hello.host})", refused)
         except (NotARank, OSError) as error:
             self._turn_away(address, str(error))
         finally:
