@@ -12,7 +12,7 @@ from pageflight.core.config import KVConfig, SchedulerConfig
 from pageflight.kv.block_pool import BlockPool
 
 LEAST_STEPS = {"pool": 2000, "cache": 2000, "scheduler": 2500, "loop": 2000, "front": 2000}
-EXAMPLES = {name: least // 35 for name, least in LEAST_STEPS.items()}
+EXAMPLES = {name: least // 30 for name, least in LEAST_STEPS.items()}
 """An example may end before its last step."""
 
 

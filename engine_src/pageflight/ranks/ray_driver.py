@@ -205,8 +205,10 @@ def _over(rank: int, end: Any) -> Over:
         code: int = ray.get(end)
     except RayTaskError as error:
         return Over(rank, f"its actor failed: {_short(error.cause)}", 1)
-    except RayActorError as error:  # it never came up; it was killed, or its machine is gone
-        return Over(rank, f"Ray says: {_short(error)}", 1 if error.actor_init_failed else -signal.SIGKILL)
+    except RayActorError as error:
+        if error.actor_init_failed:  # its last line is the error that its machine had
+            return Over(rank, f"no actor of ours can run there: {str(error).splitlines()[-1]}", 1)
+        return Over(rank, f"Ray says: {_short(error)}", -signal.SIGKILL)  # it was killed, or its machine is gone
     except RayError as error:
         return Over(rank, f"Ray says: {_short(error)}", 1)
     return Over(rank, f"signal {-code}" if code < 0 else f"exit status {code}", code)
