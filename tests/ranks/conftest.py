@@ -12,9 +12,9 @@ _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), *(str(_TESTS / name) for name in ("loop", "runners", "clients"))]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def environment() -> Iterator[None]:
-    """A key, and machines that are missed soon; interfaces are chosen anew."""
+    """A key, and machines that are missed soon; interfaces are chosen anew. Before what a module's tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFLIGHT_RANK_KEY", "a key that only these tests have")
         patch.setenv("PAGEFLIGHT_RANK_GONE_S", "2")

@@ -26,6 +26,12 @@ _SOON = {
 """A node that says nothing is given up after some 5 s, not 15."""
 
 
+def _environment(is_isolated: bool) -> dict[str, str]:
+    """Of a node's processes: not with the interface that an engine of an earlier test has chosen for this process."""
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    return kept | (_SOON if is_isolated else {})
+
+
 class Machine:
     """A network namespace on the switch's network, held by a process that sleeps; or this machine itself."""
 
@@ -147,7 +153,7 @@ class RayCluster:
                 [_RAY, "start", *where, f"--node-ip-address={machine.address}", *_START],
                 capture_output=True,
                 text=True,
-                env={**os.environ, **(_SOON if self.is_isolated else {})},
+                env=_environment(self.is_isolated),
             )
             assert started.returncode == 0, started.stdout + started.stderr
         if machine not in self.machines:
