@@ -132,7 +132,6 @@ def test_a_machine_that_vanishes_is_waited_for_and_then_given_up(
         with other.entered():
             leaving.enter_context(joining(engine, f"{leader.address}:{port}"))
         with leader.entered(), started(engine, config_of(port, pipeline_parallel=2), recorder) as front:
-            assert [sink.wait().ids() for sink in streams(front)] == alone
             sinks = streams(front)
             sinks[0].wait(lambda: sinks[0].num_ids > 6)
             other.ip("link set eth0 down")
