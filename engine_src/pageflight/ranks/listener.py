@@ -131,6 +131,9 @@ class RankListener:
             for there in self._ranks.values():
                 there.close()
             self._ranks.clear()
+            for peer in self._strangers:
+                with suppress(OSError):
+                    peer.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while not self._closing.is_set():
