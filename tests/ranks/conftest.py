@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pageflight.ranks.external_launcher import EVERY_RANK_JOINS
+
 _TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), *(str(_TESTS / name) for name in ("loop", "runners", "clients"))]
 
@@ -18,6 +20,6 @@ def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFLIGHT_RANK_KEY", "a key that only these tests have")
         patch.setenv("PAGEFLIGHT_RANK_GONE_S", "2")
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "PAGEFLIGHT_RANK_KEY_FILE"):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", EVERY_RANK_JOINS, "PAGEFLIGHT_RANK_KEY_FILE"):
             patch.delenv(name, raising=False)
         yield

@@ -75,9 +75,9 @@ def test_a_joining_machine_gives_up_with_the_reason(
         keep_joined(joining(engine, leader.port, rank=5), print)
     assert "rank 5 does not dial in: rank 1 of this model do" in capfd.readouterr().err
     monkeypatch.setenv("PAGEFLIGHT_RANK_KEY", "the key of another model")
-    with pytest.raises(CommandError, match="rank 1 was refused"):
-        keep_joined(joining(engine, leader.port), print)
-    assert "the leader has another key" in capfd.readouterr().err
+    with pytest.raises(CommandError, match="rank 1 has found no leader that takes it"):
+        keep_joined(joining(engine, leader.port, timeout_s=0.2), print)
+    assert "for 0.2 s: the leader has another key" in capfd.readouterr().err
 
 
 def test_join_ends_at_once_when_it_is_told_to_and_nothing_is_left(engine: Path, leader: RankListener) -> None:

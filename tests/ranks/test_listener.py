@@ -7,9 +7,11 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from front_harness import eventually
 
 from pageflight.core.errors import ConfigError, RanksMissing
 from pageflight.ranks import dialing, handshake, listener
@@ -97,22 +99,59 @@ def test_strangers_hold_up_nobody(two: RankListener, monkeypatch: pytest.MonkeyP
         line.close()
 
 
-def test_more_strangers_than_threads_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each had a thread of its own, as many as came."""
-    monkeypatch.setattr(listener, "MOST_STRANGERS", 2)
-    monkeypatch.setattr(handshake, "LIMIT_S", 0.3)
-    listening = RankListener([1], KEY, host=HOST)
-    strangers = [socket.create_connection(leader(listening)) for _ in range(20)]
-    line = dial(leader(listening), 1, KEY, wait_s=10)
-    assert len(listening.wait(5, lambda missing: None)) == 1
+def test_strangers_that_come_back_at_once_keep_no_rank_out(caplog: pytest.LogCaptureFixture) -> None:
+    """They had all the places, five seconds each, and took them again: a rank with the key was sent away. Each of them
+    was a line in the log."""
+    listening = RankListener([1, 2], KEY, host=HOST)
+    ended = threading.Event()
+
+    def stay(number: int) -> None:
+        while not ended.is_set():
+            with suppress(OSError), socket.socket() as stranger:
+                stranger.bind((f"127.0.0.{number % 8 + 1}", 0))
+                stranger.connect(leader(listening))
+                while stranger.recv(1 << 10):
+                    pass
+
+    threads = [threading.Thread(target=stay, args=(number,)) for number in range(100)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(listening._strangers) == listener.MOST_STRANGERS, "all places are taken")
+    num_before = threading.active_count()
+    lines = [dial(leader(listening), rank, KEY, wait_s=30) for rank in (1, 2)]
+    assert len(listening.wait(30, lambda missing: None)) == 2
+    assert threading.active_count() < num_before + listener.MOST_STRANGERS
+    time.sleep(2 * listener.LEAST_STAY_S)
+    ended.set()
     listening.close()
-    for stranger in (*strangers, line):
-        stranger.close()
+    for thread in threads:
+        thread.join()
+    for line in lines:
+        line.close()
+    assert 1 <= sum("was not taken" in record.message for record in caplog.records) < 5
 
 
-def refusal(listening: RankListener, rank: int, key: bytes = KEY) -> str:
+def test_a_thread_that_cannot_be_had_costs_one_caller(two: RankListener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that accepts ended with it, and nobody ever dialled in again."""
+    start, num_left = threading.Thread.start, 2
+
+    def failing(thread: threading.Thread) -> None:
+        nonlocal num_left
+        if thread.name == "rank-stranger" and num_left:
+            num_left -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    lines = [dial(leader(two), rank, KEY, wait_s=10) for rank in (2, 3)]
+    assert len(two.wait(5, lambda missing: None)) == 2 and not num_left and not two._strangers
+    for line in lines:
+        line.close()
+
+
+def refusal(listening: RankListener, rank: int) -> str:
     with pytest.raises(RankRefused) as caught:
-        dial(leader(listening), rank, key, wait_s=5)
+        dial(leader(listening), rank, KEY, wait_s=5)
     assert caught.value.is_final
     return str(caught.value)
 
@@ -121,7 +160,8 @@ def test_who_cannot_be_taken_is_told_why_and_so_is_the_leader(
     two: RankListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine with an old key, or the number of another, tried for ever; nobody knew what was missing."""
-    assert refusal(two, 2, b"the key of last week") == "the leader has another key"
+    with pytest.raises(NoLeader, match=r"for 0\.3 s: the leader has another key"):
+        dial(leader(two), 2, b"the key of last week", wait_s=0.3)
     assert refusal(two, 7) == "rank 7 does not dial in: ranks 2-3 of this model do"
     with monkeypatch.context() as patch:
         patch.setattr(dialing, "__version__", "0.0.1")
@@ -138,21 +178,25 @@ def test_who_cannot_be_taken_is_told_why_and_so_is_the_leader(
     line.close()
 
 
-def test_a_leader_without_the_key_gets_no_rank() -> None:
-    """Whoever answered at the leader's address was given a process to command."""
+def test_a_leader_without_the_key_gets_no_rank_and_ends_none() -> None:
+    """Whoever answered at the leader's address was given a process to command, or had it end for good."""
     with socket.create_server((HOST, 0)) as server:
+        at = HOST, server.getsockname()[1]
 
         def pretend() -> None:
-            peer, _ = server.accept()
-            with peer:
-                handshake._send(peer, handshake.Challenge("pageflight ranks", b"n" * 32))
-                handshake._receive(peer, handshake.Hello, time.monotonic() + 5)
-                handshake._send(peer, handshake.Answer(b"m" * 32))
+            for answer in (handshake.Answer(b"m" * 32), handshake.Answer(b"", "go away", is_final=True)):
+                peer, _ = server.accept()
+                with peer:
+                    handshake._send(peer, handshake.Challenge("pageflight ranks", b"n" * 32))
+                    handshake._receive(peer, handshake.Hello, time.monotonic() + 5)
+                    handshake._send(peer, answer)
 
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(RankRefused, match="the leader has another key"):
-            dial((HOST, server.getsockname()[1]), 1, KEY, wait_s=5)
+        with pytest.raises(NoLeader, match="the leader has another key"):
+            dial(at, 1, KEY, wait_s=0.0)
+        with pytest.raises(NoLeader, match="the leader has another key"):
+            dial(at, 1, KEY, wait_s=0.0)
         thread.join()
 
 

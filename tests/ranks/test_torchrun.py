@@ -148,9 +148,19 @@ def test_what_a_machine_is_follows_from_its_environment() -> None:
     assert part(TORCHRUN) == Part(leads=False, leader="a", devices=second)
     assert part(TORCHRUN, GROUP_RANK=0, RANK=0).leads
     each = {"LOCAL_WORLD_SIZE": 8, "WORLD_SIZE": 16}
-    assert part(TORCHRUN, **each, RANK=11, LOCAL_RANK=3) == Part(leads=False, leader="a", devices={11: 3})
+    assert part(TORCHRUN, **each, RANK=11, LOCAL_RANK=3) == Part(
+        leads=False, leader="a", devices={11: 3}, every_rank_joins=True, verifies=False
+    )
     assert part(TORCHRUN, **each, GROUP_RANK=0, RANK=2, LOCAL_RANK=2).devices == {2: 2}
-    assert part(TORCHRUN, **each, GROUP_RANK=0, RANK=0).leads
+    first = part(TORCHRUN, **each, GROUP_RANK=0, RANK=0)
+    assert first.leads and first.every_rank_joins
+    assert not part(TORCHRUN, GROUP_RANK=0, RANK=0).every_rank_joins
+    hashing = [
+        rank
+        for rank in range(16)
+        if part(TORCHRUN, **each, GROUP_RANK=rank // 8, RANK=rank, LOCAL_RANK=rank % 8).verifies
+    ]
+    assert hashing == [0, 8], "each machine's first, of which the leader's is the core; eight read the disk at once"
 
 
 @pytest.mark.parametrize(

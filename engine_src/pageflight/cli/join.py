@@ -58,14 +58,24 @@ def join(
 
 
 def join_ranks(
-    repository: Path, leader: tuple[str, int], devices: Mapping[int, int], leader_timeout_s: float = LEADER_TIMEOUT_S
+    repository: Path,
+    leader: tuple[str, int],
+    devices: Mapping[int, int],
+    leader_timeout_s: float = LEADER_TIMEOUT_S,
+    *,
+    verifies: bool = True,
 ) -> None:
-    """Keep the ranks of `devices` joined until Ctrl-C or SIGTERM. Raises CommandError, ConfigError."""
+    """Keep the ranks of `devices` joined until Ctrl-C or SIGTERM; `verifies` as in `Joining`. Raises CommandError,
+    ConfigError."""
     rank_key()
     gone_s()
     find_engines(repository)
     joining = Joining(
-        engine_dir=repository.resolve(), leader=leader, devices=devices, leader_timeout_s=leader_timeout_s
+        engine_dir=repository.resolve(),
+        leader=leader,
+        devices=devices,
+        leader_timeout_s=leader_timeout_s,
+        verifies=verifies,
     )
     names = ", ".join(map(str, sorted(devices)))
     tell(f"joining {leader[0]}:{leader[1]} as rank{'s' if len(devices) > 1 else ''} {names}; Ctrl-C ends it")

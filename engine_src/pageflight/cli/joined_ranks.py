@@ -24,12 +24,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONG_LIFE_S = 0.5, 5.0, 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joining:
-    """Which ranks join whom. `devices`: by rank, the GPU of those that are seen here, where there are any."""
+    """Which ranks join whom. `devices`: by rank, the GPU of those that are seen here, where there are any.
+
+    `verifies`: the first of them hashes the engine's files, for its machine.
+    """
 
     engine_dir: Path
     leader: tuple[str, int]
     devices: Mapping[int, int]
     leader_timeout_s: float
+    verifies: bool = True
 
 
 class _Rank:
@@ -47,7 +51,7 @@ class _Rank:
             f"--engine-dir={joining.engine_dir}",
             f"--parent-pid={os.getpid()}",
         ]
-        if rank == min(joining.devices):
+        if joining.verifies and rank == min(joining.devices):
             self._command.append("--verify")
         self._pause_s = _FIRST_PAUSE_S
         self._next_s = 0.0

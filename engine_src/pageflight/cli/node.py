@@ -17,6 +17,7 @@ from pageflight.cli.machines import Machines, machines_of
 from pageflight.cli.serve import serve
 from pageflight.cli.server_flags import ServerFlags
 from pageflight.cli.watch_flags import WatchFlags
+from pageflight.ranks.external_launcher import EVERY_RANK_JOINS
 from pageflight.ranks.key import rank_key
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR")
@@ -25,11 +26,17 @@ _LWS = ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a process is of the whole: the server where it `leads`; `devices` by rank of those that it has join."""
+    """What a process is of the whole: the server where it `leads`; `devices` by rank of those that it has join.
+
+    `every_rank_joins`: torchrun starts a process for each. `verifies`: this one hashes the engine for its machine; the
+    leader's core does for its own.
+    """
 
     leads: bool
     leader: str
     devices: Mapping[int, int]
+    every_rank_joins: bool = False
+    verifies: bool = True
 
 
 def part_of(environment: Mapping[str, str], machines: Machines) -> Part:
@@ -59,7 +66,13 @@ def part_of(environment: Mapping[str, str], machines: Machines) -> Part:
             f"torchrun starts {num_local} of {size} processes here; the model was built for {machines.num_ranks} ranks,"
             f" {machines.ranks_per_node} on each of nodes={machines.num_nodes}"
         )
-    return Part(leads=rank == 0, leader=leader, devices={} if rank == 0 else {rank: local_rank})
+    return Part(
+        leads=rank == 0,
+        leader=leader,
+        devices={} if rank == 0 else {rank: local_rank},
+        every_rank_joins=True,
+        verifies=local_rank == 0,
+    )
 
 
 @takes(ServerFlags, "flags")
@@ -89,11 +102,13 @@ def node(
     part = part_of(os.environ, machines)
     rank_key()
     if part.leads:
+        os.environ[EVERY_RANK_JOINS] = str(int(part.every_rank_joins))  # to the core, by way of the server
         flag_values = {item: getattr(flags, item) for item in ServerFlags.__dataclass_fields__}
         watch_values = {item: getattr(watch_flags, item) for item in WatchFlags.__dataclass_fields__}
         serve(repository=repository, print_command=False, arguments=arguments, **flag_values, **watch_values)
     else:
-        join_ranks(repository, (part.leader, machines.rank_port), part.devices, leader_timeout_s)
+        leader = part.leader, machines.rank_port
+        join_ranks(repository, leader, part.devices, leader_timeout_s, verifies=part.verifies)
 
 
 def _machine(leader: str, node: int, machines: Machines) -> Part:

@@ -51,7 +51,7 @@ def dial(leader: tuple[str, int], rank: int, key: bytes, *, wait_s: float) -> Co
         except (OSError, NotARank) as error:
             why = getattr(error, "strerror", None) or str(error)
         if time.monotonic() + pause_s > deadline_s:
-            raise NoLeader(f"no leader at {leader[0]}:{leader[1]} for {wait_s:g} s: {why}")
+            raise NoLeader(f"no leader of this rank at {leader[0]}:{leader[1]} for {wait_s:g} s: {why}")
         if why != told:
             log.info("rank %d waits for the leader at %s:%d: %s", rank, *leader, why)
             told = why

@@ -7,17 +7,19 @@ import os
 from collections.abc import Sequence
 
 from pageflight.core.config import EngineConfig
+from pageflight.core.errors import RankLost
 from pageflight.models.stages import Place
 from pageflight.ranks.key import rank_key
 from pageflight.ranks.launcher import Progress, RankHandle
-from pageflight.ranks.listener import RankListener, named
+from pageflight.ranks.listener import RankListener, RemoteRank, named
 from pageflight.ranks.local_launcher import LOOPBACK, LocalRank, dismiss
 from pageflight.ranks.network import gone_s
 
 log = logging.getLogger(__name__)
 
-LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
-"""Processes that torchrun starts on each machine: where they are several, each is a rank."""
+EVERY_RANK_JOINS = "PAGEFLIGHT_EVERY_RANK_JOINS"
+"""Variable of the environment that `pageflight node` sets to 1 where torchrun starts a process for each rank: then also
+those of this machine dial in."""
 
 
 class ExternalLauncher:
@@ -31,7 +33,7 @@ class ExternalLauncher:
 
     def start(self, places: Sequence[Place]) -> Sequence[RankHandle]:
         num_local = self._num_ranks // self._config.num_nodes
-        if int(os.environ.get(LOCAL_WORLD_SIZE) or 1) > 1:
+        if os.environ.get(EVERY_RANK_JOINS) == "1":
             num_local = 1
         remote = [place.rank for place in places if place.rank >= num_local]
         if remote:
@@ -42,7 +44,9 @@ class ExternalLauncher:
             for place in places:
                 if place.rank < num_local:
                     local.append(LocalRank(place.rank))
-            there = self._listener.wait(self._config.rank_wait_s, self._tell) if self._listener is not None else []
+            there: list[RemoteRank] = []
+            if self._listener is not None:
+                there = self._listener.wait(self._config.rank_wait_s, self._tell, lambda: _check(local))
         except BaseException:
             dismiss(local)
             raise
@@ -59,3 +63,11 @@ class ExternalLauncher:
         message = f"waiting for {named(missing)} of node{'s' if len(nodes) > 1 else ''} {words} to dial in"
         log.info("%s", message)
         self._progress(message)
+
+
+def _check(local: Sequence[LocalRank]) -> None:
+    """Raises RankLost: others are waited for in vain."""
+    for each in local:
+        ended = each.wait(0.0)
+        if ended is not None:
+            raise RankLost(f"{each.name} died ({ended.words})", return_code=ended.return_code)

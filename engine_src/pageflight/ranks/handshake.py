@@ -41,7 +41,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
-    """The leader's: why not, if it does not; `is_final` where it never will."""
+    """The leader's: why not, if it does not; `is_final` where it never will. Counts for nothing without its `mac`."""
 
     mac: bytes
     refused: str = ""
@@ -57,7 +57,7 @@ class RankRefused(Exception):
 
 
 class NotARank(Exception):
-    """Who connected says nothing, or nonsense, or has not the key."""
+    """Who is at the other end says nothing, or nonsense, or has not the key."""
 
 
 Message = TypeVar("Message", Challenge, Hello, Answer)
@@ -74,7 +74,7 @@ class Caller:
         self.hello = hello = _receive(peer, Hello, deadline_s)
         has_key = hmac.compare_digest(hello.mac, _mac_of_rank(key, self._nonce, hello))
         if len(hello.nonce) != _NONCE_BYTES or not has_key:
-            _send(peer, Answer(b"", "it has another key", is_final=True))
+            _send(peer, Answer(b"", "it has another key"))
             raise NotARank("it has another key")
 
     def answer(self, refused: str = "", *, is_final: bool = False) -> None:
@@ -85,7 +85,7 @@ class Caller:
 
 
 def join(peer: socket.socket, key: bytes, *, rank: int, host: str, version: str) -> Connection:
-    """The rank's side: the line. Raises RankRefused, NotARank where no leader is there, OSError."""
+    """The rank's side: the line. Raises RankRefused where one that has the key says so, NotARank, OSError."""
     deadline_s = time.monotonic() + LIMIT_S
     challenge = _receive(peer, Challenge, deadline_s)
     if challenge.magic != _MAGIC or len(challenge.nonce) != _NONCE_BYTES:
@@ -97,7 +97,7 @@ def join(peer: socket.socket, key: bytes, *, rank: int, host: str, version: str)
     if not hmac.compare_digest(
         answer.mac, _mac_of_leader(key, challenge.nonce, hello, answer.refused, answer.is_final)
     ):
-        raise RankRefused("the leader has another key", is_final=True)
+        raise NotARank("the leader has another key")  # or is somebody else: whoever answers can say so
     if answer.refused:
         raise RankRefused(answer.refused, is_final=answer.is_final)
     peer.settimeout(None)

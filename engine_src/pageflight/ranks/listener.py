@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -23,10 +25,16 @@ log = logging.getLogger(__name__)
 
 ANYWHERE = "0.0.0.0"
 MOST_STRANGERS = 64
-"""Of whom it is not known yet whether they are ranks. More are sent away: each costs a thread for some seconds."""
+"""Of whom it is not known yet whether they are ranks: each costs a thread for some seconds. One more takes the place of
+the oldest one of the address that has the most."""
+LEAST_STAY_S = 0.25
+"""What a stranger has at least, for a rank needs a moment to prove itself. Newcomers wait for it to be over."""
 MOST_TOLD = 4
 """Of those who were not taken: who waits in vain is told of the last ones."""
+TELL_S = 10.0
+"""Between two lines of the log about strangers."""
 _LOOK_S = 0.25
+_NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class RemoteRank:
@@ -59,8 +67,9 @@ class RemoteRank:
 
 
 class RankListener:
-    """Takes in the ranks of `expected`, each once, that have the key and are of this version. Others are refused, and
-    nobody holds up anybody. Goes on refusing, with the reason, when all are there."""
+    """Takes in the ranks of `expected`, each once, that have the key and are of this version. Others are refused.
+    Strangers cannot keep the places where callers prove themselves, but many of them make ranks try more than once.
+    Goes on refusing, with the reason, when all are there."""
 
     def __init__(self, expected: Collection[int], key: bytes, *, host: str = ANYWHERE, port: int = 0) -> None:
         """`port` 0: any that is free. Raises ConfigError for one that cannot be had."""
@@ -69,7 +78,8 @@ class RankListener:
         self._is_complete = False  # somebody else has the ranks now, and their ends are his affair
         self._changed = threading.Condition()
         self._refused: dict[str, str] = {}  # by address, why the last one was not taken
-        self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
+        self._strangers: dict[socket.socket, tuple[str, float]] = {}  # by age: address, and when it came
+        self._told_s, self._num_untold = -math.inf, 0  # when the log was last told of strangers, and of how many not
         self._closing = threading.Event()
         try:
             self._socket = socket.create_server((host, port), backlog=128)
@@ -79,13 +89,17 @@ class RankListener:
         self._thread = threading.Thread(target=self._accept, name="rank-listener", daemon=True)
         self._thread.start()
 
-    def wait(self, wait_s: float, missing: Callable[[Sequence[int]], None]) -> list[RemoteRank]:
+    def wait(
+        self, wait_s: float, missing: Callable[[Sequence[int]], None], check: Callable[[], None] = lambda: None
+    ) -> list[RemoteRank]:
         """All expected ranks, in order; one that has gone again meanwhile must come again.
 
-        `missing` is told which are not there yet, whenever that changes. Raises RanksMissing after `wait_s`.
+        `missing` is told which are not there yet, whenever that changes; `check` is called several times a second and
+        ends the wait by what it raises. Raises RanksMissing after `wait_s`.
         """
         deadline_s, told = time.monotonic() + wait_s, None
         while True:
+            check()
             with self._changed:
                 for rank in [rank for rank, there in self._ranks.items() if there.wait(0.0)]:
                     log.warning("%s is gone again", self._ranks[rank].name)
@@ -117,19 +131,47 @@ class RankListener:
             for there in self._ranks.values():
                 there.close()
             self._ranks.clear()
+            for peer in self._strangers:
+                with suppress(OSError):
+                    peer.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while not self._closing.is_set():
             try:
                 peer, address = self._socket.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(_LOOK_S)
+                if error.errno in _NO_MORE:
+                    self._closing.wait(_LOOK_S)
                 continue
-            if not self._strangers.acquire(blocking=False):
+            self._make_room()
+            with self._changed:
+                self._strangers[peer] = address[0], time.monotonic()
+            try:
+                threading.Thread(target=self._meet, args=(peer, address[0]), name="rank-stranger", daemon=True).start()
+            except RuntimeError as error:  # no more threads, now
+                with self._changed:
+                    self._strangers.pop(peer, None)
                 peer.close()
-                continue
-            threading.Thread(target=self._meet, args=(peer, address[0]), name="rank-stranger", daemon=True).start()
+                self._turn_away(address[0], str(error))
+                self._closing.wait(_LOOK_S)
+
+    def _make_room(self) -> None:
+        """Have the oldest stranger of the address with the most end, once it has had its time, where there are too
+        many."""
+        while not self._closing.is_set():
+            with self._changed:
+                if len(self._strangers) < MOST_STRANGERS:
+                    return
+                each = Counter(address for address, _ in self._strangers.values())
+                most = max(each, key=lambda address: each[address])
+                peer, since_s = next((peer, since_s) for peer, (at, since_s) in self._strangers.items() if at == most)
+                left_s = since_s + LEAST_STAY_S - time.monotonic()
+                if left_s <= 0:
+                    del self._strangers[peer]
+                    with suppress(OSError):
+                        peer.shutdown(socket.SHUT_RDWR)  # its thread closes it
+                    return
+            self._closing.wait(left_s)
 
     def _meet(self, peer: socket.socket, address: str) -> None:
         is_taken = False
@@ -137,9 +179,10 @@ class RankListener:
             keep_alive(peer)
             caller = Caller(peer, self._key)
             with self._changed:
+                self._strangers.pop(peer, None)
                 refused, is_final = self._refusal(caller.hello)
                 if refused:
-                    self._turn_away(f"{address} ({caller.hello.host})", refused)
+                    self._turn_away(f"{address} ({caller.hello.host})", refused, is_stranger=False)
                 caller.answer(refused, is_final=is_final)
                 is_taken = not refused
                 if is_taken:
@@ -148,16 +191,26 @@ class RankListener:
             if is_taken:
                 log.info("%s is here, from %s", there.name, address)
         except (NotARank, OSError) as error:
-            self._turn_away(address, str(error))
+            with self._changed:
+                had_to_go = peer not in self._strangers
+            self._turn_away(address, "too many came after it" if had_to_go else str(error))
         finally:
-            self._strangers.release()
-            if not is_taken:
-                peer.close()
+            with self._changed:
+                self._strangers.pop(peer, None)
+                if not is_taken:
+                    peer.close()
 
-    def _turn_away(self, address: str, why: str) -> None:
-        if self._refused.get(address) != why:  # and not each time that it tries again
-            log.warning("%s was not taken: %s", address, why)
+    def _turn_away(self, address: str, why: str, *, is_stranger: bool = True) -> None:
+        now_s = time.monotonic()
         with self._changed:
+            if self._refused.get(address) != why:  # and not each time that it tries again
+                if is_stranger and now_s < self._told_s + TELL_S:
+                    self._num_untold += 1
+                else:
+                    others = f" (and {self._num_untold} more before)" if is_stranger and self._num_untold else ""
+                    log.warning("%s was not taken: %s%s", address, why, others)
+                    if is_stranger:
+                        self._told_s, self._num_untold = now_s, 0
             self._refused[address] = why
             while len(self._refused) > MOST_TOLD:
                 del self._refused[next(iter(self._refused))]

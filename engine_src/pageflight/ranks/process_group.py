@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -50,15 +51,29 @@ def reach_store(host: str, port: int) -> TCPStore:
     return TCPStore(host, port, is_master=False, timeout=TIMEOUT)
 
 
+@contextmanager
+def _interface(name: str) -> Iterator[None]:
+    """Have what is opened within the block use it, unless the environment names another. Processes that this one starts
+    later choose for themselves: they may meet others, over another one."""
+    chosen = [variable for variable in _INTERFACES if variable not in os.environ]
+    os.environ.update(dict.fromkeys(chosen, name))
+    try:
+        yield
+    finally:
+        for variable in chosen:
+            del os.environ[variable]
+
+
 class GroupCommunicator:
     """This process as one rank of the process group, of which it has one, and as one of the ranks of its stage."""
 
     def __init__(self, place: Place, store: Store, device: torch.device, host: str) -> None:
         """Meet the other ranks, by way of the interface that leads to `host`, the first one's; waits for them."""
         self.place, self._device = place, device
-        interface = interface_towards(host)
-        for name in _INTERFACES:
-            os.environ.setdefault(name, interface)
+        with _interface(interface_towards(host)):
+            self._meet(place, store, device)
+
+    def _meet(self, place: Place, store: Store, device: torch.device) -> None:
         is_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",
