@@ -277,3 +277,27 @@ def test_a_machine_has_memory_for_its_own_ranks(
         assert (asked.kv.num_blocks * BLOCK_BYTES, asked.kv.num_host_blocks * BLOCK_BYTES) == (40 * GIB, 20 * GIB)
     with pytest.raises(ConfigError, match="bytes of blocks" if num_nodes == 2 else "kv_memory="):
         found(KVConfig(memory_bytes=80 * GIB, host_memory_bytes=60 * GIB))
+
+
+def test_an_instance_has_all_of_the_gpus_that_ray_gives_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four took a quarter of GPUs that no other had. On processors they do share a machine."""
+
+    class Stop(Exception): ...
+
+    def tell(self: RankProcesses, specs: Sequence[RankSpec]) -> None:
+        raise Stop(*{spec.num_instances for spec in specs})
+
+    launcher = SimpleNamespace(
+        start=lambda places: [Told(place.rank) for place in places],
+        close=lambda: None,
+        host="127.0.0.1",
+        device_index=0,
+    )
+    monkeypatch.setattr(parallel, "open_launcher", lambda config, progress: launcher)
+    monkeypatch.setattr(RankProcesses, "tell", tell)
+    config = EngineConfig(tensor_parallel=2, launcher="ray", num_nodes=2)
+    for device, expected in (("cpu", 4), ("cuda", 1)):
+        monkeypatch.setattr(parallel, "_device", lambda *_, kind=device: torch.device(kind))
+        with pytest.raises(Stop) as caught:
+            load_parallel(engine, config, num_threads=1, num_instances=4)
+        assert caught.value.args == (expected,)
