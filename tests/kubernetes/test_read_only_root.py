@@ -70,9 +70,9 @@ answer = subprocess.run([*ask, json.dumps({"text_input": "def f(", "max_tokens":
 seen["answered"] = answer.returncode == 0 and "text_output" in json.loads(answer.stdout)
 first = core()
 os.kill(first, signal.SIGKILL)
-while core() in (None, first):
-    pass
-second = core()
+end = time.monotonic() + 60
+while (second := core()) in (None, first) and time.monotonic() < end:
+    time.sleep(0.005)
 os.kill(second, signal.SIGSTOP)  # as it starts: there is none for as long as we like
 seen["noticed"] = until(False)
 os.kill(second, signal.SIGCONT)

@@ -67,7 +67,7 @@ def main() -> None:
         folder = Path(name)
         make_checkpoint(folder / "checkpoint")
         engine_dir = make_engine(folder / "checkpoint", folder / "engine", "torch")
-        cluster = RayCluster(folder / "ray", "to measure")
+        cluster = RayCluster("to measure")
         try:
             taken_ms: dict[str, list[float]] = {"local": [], "ray": [], "local, Ray's client in the core": []}
             for round_ in range(NUM_ROUNDS + 1):

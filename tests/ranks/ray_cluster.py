@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -120,9 +121,13 @@ def why_not_isolated() -> str:
 class RayCluster:
     """Of Ray's own processes. `head` is the first machine."""
 
-    def __init__(self, folder: Path, why_not_isolated: str) -> None:
+    def __init__(self, why_not_isolated: str) -> None:
         """`why_not_isolated` is not empty: all nodes are at one address."""
-        self._folder, self._closing = folder, ExitStack()
+        self._closing = ExitStack()
+        # Ray's sockets are below it, and their paths have 107 bytes at most: not below pytest's folder.
+        self._folder = Path(
+            self._closing.enter_context(TemporaryDirectory(prefix="pf", dir="/tmp", ignore_cleanup_errors=True))
+        )
         self.why_not_isolated, self.is_isolated = why_not_isolated, not why_not_isolated
         self._num_machines = 0
         self._switch = Machine(0, is_isolated=self.is_isolated)

@@ -52,6 +52,7 @@ def spec_of(engine: Path, port: int = 1, **changes: object) -> RankSpec:
         "manifest_digest": manifest_digest(engine),
         "config": config_of(port, pipeline_parallel=2),
         "place": Place(rank=1, pipeline_parallel=2),
+        "device": "cpu",
         "host": HOST,
         "port": port,
         "num_threads": 1,

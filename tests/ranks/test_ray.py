@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,9 +39,9 @@ RANKS, STAGES, BOTH = (2, 1, 60.0), (1, 2, 12.0), (2, 2, 60.0)
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+def cluster() -> Iterator[RayCluster]:
     """Of two machines, on the first of which cores are started."""
-    running = RayCluster(tmp_path_factory.mktemp("ray"), why_not_isolated())
+    running = RayCluster(why_not_isolated())
     try:
         running.add()
         yield running
@@ -228,10 +227,13 @@ def test_the_node_of_the_core_may_come_back(
     core, sinks = status(front).core_pid, streams(front)
     (raylet,) = (process for process in cluster.head.processes() if process.name() == "raylet")
     raylet.kill()
-    while status(front).core_pid == core:  # streams go on until Ray ends the ranks
+
+    def is_gone() -> bool:  # streams go on until Ray ends the ranks
         if all(sink.finals for sink in sinks):
-            sinks += streams(front)
-        time.sleep(0.01)
+            sinks.extend(streams(front))
+        return status(front).core_pid != core
+
+    eventually(is_gone, "Ray gives up what the node had asked for")
     assert "Ray says" in status(front).message
     cluster.start_node(cluster.head)
     assert [sink.wait().ids() for sink in sinks] == undisturbed * (len(sinks) // NUM_STREAMS)

@@ -12,12 +12,13 @@ import pytest
 from pageflight.core.config import EngineConfig
 from pageflight.core.errors import ConfigError, RankLost, RanksMissing
 from pageflight.models.stages import Place
+from pageflight.ranks import ray_launcher
 from pageflight.ranks.launcher import Ended
 from pageflight.ranks.launchers import open_launcher
 from pageflight.ranks.listener import RankListener
-from pageflight.ranks.ray_launcher import VISIBLE, dialled_in, index_of_gpu
+from pageflight.ranks.ray_launcher import VISIBLE, dialled_in, index_of_gpu, shared_environment
 from pageflight.ranks.ray_line import RayLine
-from pageflight.ranks.ray_messages import Machine, Wanted, shortage
+from pageflight.ranks.ray_messages import Machine, Placed, Start, Wanted, shortage
 
 WANTED = Wanted(address="127.0.0.1:1", num_nodes=2, ranks_per_node=8, resource="GPU", amount=1, wait_s=1.0)
 CONFIG = EngineConfig(tensor_parallel=2, launcher="ray", num_nodes=2, ray_address="127.0.0.1:1", rank_wait_s=1.0)
@@ -107,3 +108,61 @@ def test_a_rank_that_ends_before_it_dials_in_is_not_waited_for() -> None:
         with pytest.raises(error, match=message):
             dialled_in(listener, EndedRanks(), there, wait_s)  # type: ignore[arg-type]
         listener.close()
+
+
+def test_settings_of_what_ranks_say_to_each_other_go_to_all_machines() -> None:
+    """NCCL ran with the leader's settings on one machine and with none on the other, and did not meet."""
+    alike = {"NCCL_IB_DISABLE": "1", "TORCH_NCCL_X": "2", "GLOO_X": "3", "PAGEFLIGHT_RANK_GONE_S": "4"}
+    own = {"NCCL_SOCKET_IFNAME": "eth7", "GLOO_SOCKET_IFNAME": "eth7", "NCCL_IB_HCA": "mlx5_7"}
+    assert shared_environment({**alike, **own, "PATH": "/bin", "PAGEFLIGHT_RANK_KEY": "x"}) == alike
+
+
+class PlacedDriver:
+    """A driver with room on machines of these addresses, whose ranks end at once."""
+
+    def __init__(self, *addresses: str) -> None:
+        self._addresses = addresses
+        self.sent: list[object] = []
+
+    def placed(self) -> Placed:
+        return Placed(self._addresses)
+
+    def send(self, message: object) -> None:
+        self.sent.append(message)
+
+    def over(self, rank: int, wait_s: float = 0.0) -> Ended:
+        return Ended(words="enough", return_code=0)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("addresses", "words"),
+    [
+        (("::1", "::1"), "Ray knows this machine by ::1: ranks need IPv4"),
+        (("192.0.2.1", "192.0.2.2"), "ranks cannot dial in to 192.0.2.1, Ray's address of this machine: "),
+    ],
+)
+def test_an_address_that_nobody_can_dial_is_refused(
+    monkeypatch: pytest.MonkeyPatch, addresses: tuple[str, ...], words: str
+) -> None:
+    """The error spoke of a rank_port, which nobody had given."""
+    monkeypatch.setattr(ray_launcher, "RayLine", lambda wanted, progress: PlacedDriver(*addresses))
+    launcher = open_launcher(CONFIG, print)
+    with pytest.raises(ConfigError, match=words) as caught:
+        launcher.start(PLACES)
+    assert "rank_port" not in str(caught.value)
+
+
+def test_the_first_rank_of_each_other_machine_hashes_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Ray nobody did: a copy with a wrong byte served."""
+    driver = PlacedDriver("127.0.0.1", "127.0.0.2")
+    monkeypatch.setattr(ray_launcher, "RayLine", lambda wanted, progress: driver)
+    config = EngineConfig(tensor_parallel=4, launcher="ray", num_nodes=2, ray_address="127.0.0.1:1", rank_wait_s=1.0)
+    launcher = open_launcher(config, print)
+    with pytest.raises(RankLost, match="enough"):
+        launcher.start([Place(rank=rank, tensor_parallel=4) for rank in (1, 2, 3)])
+    launcher.close()
+    (start,) = driver.sent
+    assert isinstance(start, Start)
+    assert {rank for rank, command in start.commands.items() if "--verify" in command} == {2}

@@ -155,6 +155,7 @@ def test_what_keeps_a_rank_from_working_keeps_its_type_and_is_told_unasked(
                 manifest_digest="",
                 config=EngineConfig(),
                 place=place,
+                device="cpu",
                 host="127.0.0.1",
                 port=1,
                 num_threads=1,

@@ -14,13 +14,15 @@ from pageflight.models.stages import Place
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank loads, and where it meets the others: at `port` of `host`, both the first rank's.
 
-    `engine_dir` is the first rank's; wherever a rank has its own, the manifest must have `manifest_digest`.
+    `engine_dir` is the first rank's; wherever a rank has its own, the manifest must have `manifest_digest`. All compute
+    on a `device` of one kind, "cuda" or "cpu".
     """
 
     engine_dir: str
     manifest_digest: str
     config: EngineConfig
     place: Place
+    device: str
     host: str
     port: int
     num_threads: int
@@ -28,7 +30,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Present(msgspec.Struct, tag=1, array_like=True, frozen=True):
-    """The process is about to meet the others."""
+    """The process has what it was told to load, and the device for it, and is about to meet the others."""
 
 
 class Computed(msgspec.Struct, tag=2, array_like=True, frozen=True):

@@ -23,6 +23,9 @@ TIMEOUT = timedelta(seconds=1800)
 MAX_SENT = 256
 """Tensors that were sent and may not have been read yet: more than two steps have."""
 _REACH_S = 10.0
+_OWN_WATCHES = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING")
+"""Watches of torch's that abort the process where NCCL fails, as it does when a rank is lost, or where they hang. That
+would be a crash of the core, its streams' fault: our lines and the supervisor's hang limit tell better."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -70,6 +73,7 @@ class GroupCommunicator:
     def __init__(self, place: Place, store: Store, device: torch.device, host: str) -> None:
         """Meet the other ranks, by way of the interface that leads to `host`, the first one's; waits for them."""
         self.place, self._device = place, device
+        os.environ.update(dict.fromkeys(_OWN_WATCHES, "0"))  # torchrun sets the first to 1
         with _interface(interface_towards(host)):
             self._meet(place, store, device)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from pageflight.core.errors import STATUS, PageflightError, RankLost
 from pageflight.models.stages import Place
@@ -17,6 +18,12 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 1.0
 """What the first rank has to find out by itself that another died: the sum that it waits for fails, if it does."""
+SETTLE_S = 0.4
+"""Less than that: for the news of a rank that was killed, where another has failed, perhaps because of it."""
+PRESENT_S = 120.0
+"""What a rank has, from being told what to load, to import torch and to look at its engine and its device."""
+MEET_S = 120.0
+"""What all ranks have to meet, when all are there."""
 CLOSE_S = 5.0
 _TYPED = {cls.__name__: cls for cls in STATUS if cls.__init__ is PageflightError.__init__}
 """Errors that are their message."""
@@ -38,6 +45,8 @@ class RankProcesses:
         self._lost = threading.Event()
         self._told = threading.Event()
         self._loss: PageflightError | None = None
+        self._reasons: list[PageflightError] = []
+        self._changed = threading.Condition()
         self._reading = threading.Lock()
         self._last_words: dict[int, Failed] = {}
         try:
@@ -59,14 +68,37 @@ class RankProcesses:
                 each.line.send_bytes(encode(spec))
 
     def wait_present(self) -> None:
-        """Block until every process has come up. Raises what keeps one from it."""
+        """Block until every process has come up, for `PRESENT_S`. Raises what keeps one from it."""
+        deadline_s = time.monotonic() + PRESENT_S
         for each in self._ranks:
             with suppress(EOFError, OSError):
+                if not each.line.poll(max(0.0, deadline_s - time.monotonic())):
+                    raise _hung(f"{each.name} has not said within {PRESENT_S:g} s that it is there")
                 message = decode_from_rank(each.line.recv_bytes())
                 if not isinstance(message, Failed):
                     continue
                 self._last_words[each.rank] = message
             raise self._gone(each)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around what waits for all ranks that are present. Where that takes more than `MEET_S` one of them hangs: they
+        are killed, and `on_loss` is called, for what waits cannot be reached."""
+        over = threading.Event()
+
+        def watch() -> None:
+            if over.wait(MEET_S) or self._closing.is_set():
+                return
+            self._lose(_hung(f"the ranks have not met within {MEET_S:g} s, though all were there: one of them hangs"))
+            for each in self._ranks:
+                each.kill()
+
+        watcher = threading.Thread(target=watch, name="rank-meeting", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def send(self, message: bytes) -> None:
         """To every rank. Raises the loss of one."""
@@ -131,12 +163,22 @@ class RankProcesses:
         with self._reading:
             for other in self._ranks:
                 list(self._read(other))
-            if self._loss is None:
-                self._loss = self._reason(each, ended)
-                self._lost.set()
-        log.error("%s", self._loss)
+            reason = self._reason(each, ended)
+        with self._changed:
+            self._reasons.append(reason)
+            self._changed.notify_all()
+            if not _comes_first(reason):  # a sum fails, or NCCL aborts, where another rank is lost
+                self._changed.wait_for(lambda: any(map(_comes_first, self._reasons)), SETTLE_S)
+                reason = next(filter(_comes_first, self._reasons), reason)
+        self._lose(reason)
+
+    def _lose(self, reason: PageflightError) -> None:
+        with self._changed:
+            self._loss = loss = self._loss or reason
+            self._lost.set()
+        log.error("%s", loss)
         if not self._told.wait(GRACE_S) and self._on_loss is not None:
-            self._on_loss(self._loss)
+            self._on_loss(loss)
 
     def _reason(self, each: RankHandle, ended: Ended) -> PageflightError:
         words = self._last_words.get(each.rank)
@@ -146,3 +188,13 @@ class RankProcesses:
         if words is not None:
             return RankLost(f"{each.name} failed: {words.error}: {words.message}")
         return RankLost(f"{each.name} died ({ended.words})", return_code=ended.return_code)
+
+
+def _comes_first(reason: PageflightError) -> bool:
+    """Whether it is no consequence of another rank's end: an error that says what is wrong, or somebody killed it."""
+    return not isinstance(reason, RankLost) or reason.return_code == -signal.SIGKILL
+
+
+def _hung(words: str) -> RankLost:
+    """Of a rank that starts: no stream's doing."""
+    return RankLost(words, return_code=-signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from pageflight.models.stages import Place
 from pageflight.ranks.key import KEY
 from pageflight.ranks.launcher import Ended, Progress
 from pageflight.ranks.listener import RankListener, RemoteRank
+from pageflight.ranks.network import GONE
 from pageflight.ranks.ray_line import RayLine
 from pageflight.ranks.ray_messages import Kill, Start, Wanted
 
@@ -23,6 +24,10 @@ NEWS_S = 0.3
 """How long Ray's word on a rank is waited for when its line has ended: less than anybody waits for the loss."""
 LEAST_DIAL_S = 30.0
 """What ranks that Ray has room for have to import torch and dial in, however long there was none."""
+SHARED = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_GLOO_", GONE)
+"""Beginnings of names in the environment that must be alike on all machines."""
+OWN = ("NCCL_HOSTID", "NCCL_CONF_FILE", "NCCL_TOPO_FILE", "NCCL_IB_HCA", "NCCL_DEBUG_FILE")
+"""And names among them, beside those of interfaces, that mean something else on each machine."""
 _LOOK_S = 0.25
 
 
@@ -68,12 +73,17 @@ class RayLauncher:
         self.host = placed.addresses[0]
         if placed.gpu:
             self.device_index = index_of_gpu(placed.gpu, os.environ)
-        key, host = secrets.token_hex(32), f"[{self.host}]" if ":" in self.host else self.host
+        if ":" in self.host:
+            raise ConfigError(
+                f"Ray knows this machine by {self.host}: ranks need IPv4, an address of which ray start"
+                " --node-ip-address takes"
+            )
+        key = secrets.token_hex(32)
         addresses = {place.rank: placed.addresses[place.rank // self._ranks_per_node] for place in places}
-        listener = self._listener = RankListener(addresses.keys(), key.encode(), host=self.host)
-        dial = (f"--connect={host}:{listener.port}", f"--wait-s={LEAST_DIAL_S}")
-        commands = {rank: ("pageflight.runners.rank_worker", *dial, f"--rank={rank}") for rank in addresses}
-        driver.send(Start(commands, {KEY: key}))
+        listener = self._listener = self._listen(addresses.keys(), key)
+        dial = (f"--connect={self.host}:{listener.port}", f"--wait-s={LEAST_DIAL_S}")
+        commands = {rank: ("pageflight.runners.rank_worker", *dial, *self._flags(rank)) for rank in addresses}
+        driver.send(Start(commands, {**shared_environment(os.environ), KEY: key}))
         self._progress(f"waiting for ranks on {', '.join(dict.fromkeys(addresses.values()))}")
         there = dialled_in(listener, driver, addresses, max(LEAST_DIAL_S, deadline_s - time.monotonic()))
         return [RayRank(remote, driver, addresses[remote.rank]) for remote in there]
@@ -83,6 +93,18 @@ class RayLauncher:
             self._driver.close()
         if self._listener is not None:
             self._listener.close()
+
+    def _listen(self, ranks: Collection[int], key: str) -> RankListener:
+        try:
+            return RankListener(ranks, key.encode(), host=self.host)
+        except ConfigError as error:
+            words = str(error).rpartition(": ")[2]
+            raise ConfigError(f"ranks cannot dial in to {self.host}, Ray's address of this machine: {words}") from None
+
+    def _flags(self, rank: int) -> tuple[str, ...]:
+        """The first rank of each other machine hashes the engine's files there."""
+        is_first = rank >= self._ranks_per_node and rank % self._ranks_per_node == 0
+        return (f"--rank={rank}", *(["--verify"] if is_first else []))
 
     def _wanted(self) -> Wanted:
         config, on_gpus = self._config, torch.cuda.is_available()
@@ -115,6 +137,16 @@ def dialled_in(
                     ) from None
             if time.monotonic() > deadline_s:
                 raise
+
+
+def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on other machines get of the first one's environment: settings of what they say to each other, but for
+    names that are a machine's own."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(SHARED) and not name.endswith("_IFNAME") and name not in OWN
+    }
 
 
 def index_of_gpu(gpu: str, environment: Mapping[str, str]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
+from pageflight.core.config import EngineConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError, OutOfMemory
 from pageflight.core.manifest import EngineManifest
 from pageflight.kernels.launcher import check_launcher
@@ -24,6 +24,7 @@ from pageflight.runners.device import DeviceRunner
 from pageflight.runners.device_rows import rows_bytes
 from pageflight.runners.device_stage import DeviceStageRunner, open_lines
 from pageflight.runners.device_wishes import wishes_bytes
+from pageflight.runners.host import share
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def load_on_gpu(
         if communicator.place.pipeline_parallel > 1:
             open_lines(communicator, device)
         own_bytes = model.blocks.bytes_per_block
-        config = replace(config, kv=_share(config.kv, own_bytes, communicator.total(own_bytes)))
+        config = replace(config, kv=share(config.kv, own_bytes, communicator.total(own_bytes)))
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, longest))
     most_tokens = max(scheduler.max_num_tokens, scheduler.max_num_seqs)
     pass_bytes = model.pass_bytes(most_tokens, scheduler.max_num_seqs)
@@ -142,12 +143,6 @@ def _made(
     if communicator is None or communicator.place.pipeline_parallel == 1:
         return DeviceRunner(model, **sizes, is_alone=communicator is None)
     return DeviceStageRunner(model, communicator, **sizes, num_micro_batches=communicator.place.pipeline_parallel)
-
-
-def _share(kv: KVConfig, own_bytes: int, all_bytes: int) -> KVConfig:
-    """What one rank has of the bytes that were asked for: of a block it has `own_bytes` of `all_bytes`."""
-    memory, host_memory = (size * own_bytes // all_bytes for size in (kv.memory_bytes, kv.host_memory_bytes))
-    return replace(kv, memory_bytes=memory, host_memory_bytes=host_memory)
 
 
 def _model(engine_dir: Path, device: torch.device, communicator: Communicator | None) -> tuple[DeviceModel, int]:

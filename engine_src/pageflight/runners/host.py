@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from pageflight.core.config import EngineConfig
+from pageflight.core.config import EngineConfig, KVConfig
 from pageflight.core.manifest import EngineManifest
 from pageflight.kv.capacity import Capacity, resolve_capacity
 from pageflight.lowering.base import CompiledModel, Lowering
@@ -60,18 +60,33 @@ def capacity_on_host(
     communicator: Communicator | None = None,
 ) -> Capacity:
     """What this machine has for the cache. Its size counts what all ranks hold, and all have as many blocks as the one
-    that can have the fewest."""
+    that can have the fewest. Of the sizes that were asked for a machine has the part of its ranks, and its memory is
+    for those alone."""
     scheduler = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, manifest.max_model_len))
-    bytes_per_block = model.kv_bytes_per_block
+    of_machines = [model.kv_bytes_per_block]
+    machine = 0
+    if communicator is not None:
+        machine = communicator.place.rank * config.num_nodes // communicator.place.num_ranks
+        of_machines = [
+            communicator.total(model.kv_bytes_per_block if each == machine else 0) for each in range(config.num_nodes)
+        ]
+    own_bytes, all_bytes = of_machines[machine], sum(of_machines)
     capacity = resolve_capacity(
-        replace(config.kv, block_size=model.block_size),
+        replace(share(config.kv, own_bytes, all_bytes), block_size=model.block_size),
         scheduler,
-        bytes_per_block=bytes_per_block if communicator is None else communicator.total(bytes_per_block),
+        bytes_per_block=own_bytes,
         num_instances=num_instances,
     )
+    capacity = replace(capacity, num_bytes=capacity.kv.num_blocks * all_bytes)
     if communicator is not None:
         capacity = capacity.with_blocks(communicator.least(capacity.kv.num_blocks), "a rank has no more")
     return capacity
+
+
+def share(kv: KVConfig, own_bytes: int, all_bytes: int) -> KVConfig:
+    """What a rank, or a machine, has of the bytes that were asked for: of a block it has `own_bytes` of `all_bytes`."""
+    memory, host_memory = (size * own_bytes // all_bytes for size in (kv.memory_bytes, kv.host_memory_bytes))
+    return replace(kv, memory_bytes=memory, host_memory_bytes=host_memory)
 
 
 @contextmanager

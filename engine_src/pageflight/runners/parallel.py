@@ -7,8 +7,9 @@ logits are gathered, so all ranks of the last one sample the same ids from the s
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,8 @@ def load_parallel(
         failed.callback(ranks.close)
         failed.callback(ranks.dismiss, at_once=True)
         device = _device(first, launcher.device_index, num_local)
+        if device.type == "cuda" and config.launcher == "ray":
+            num_instances = 1  # Ray gives each of them GPUs that no other has
         store, port = open_store(launcher.host)
         specs = [
             RankSpec(
@@ -153,6 +156,7 @@ def load_parallel(
                 manifest_digest=manifest_digest(engine_dir),
                 config=config,
                 place=place,
+                device=device.type,
                 host=launcher.host,
                 port=port,
                 num_threads=max(1, num_threads // num_local),
@@ -163,7 +167,8 @@ def load_parallel(
         ranks.tell(specs[1:])
         ranks.wait_present()
         with _explained(ranks):
-            communicator = GroupCommunicator(first, store, device, launcher.host)
+            with ranks.meeting():
+                communicator = GroupCommunicator(first, store, device, launcher.host)
             failed.callback(communicator.close, is_whole=False)
             runner, capacity = _load(specs[0], communicator, device)
         failed.pop_all()
@@ -182,18 +187,38 @@ def _explained(ranks: RankProcesses) -> Iterator[None]:
         raise loss from error
 
 
-def join(spec: RankSpec, device_index: int, *, verifies: bool = False) -> tuple[Runner, GroupCommunicator]:
+def join(
+    spec: RankSpec, device_index: int, present: Callable[[], None], *, verifies: bool = False
+) -> tuple[Runner, GroupCommunicator]:
     """In the process of another rank, on the GPU of its machine that `device_index` names where there are any: meet the
-    others and load this rank's part. `verifies` the files of an engine that the first rank does not read."""
+    others and load this rank's part. `present` is called when nothing of this machine's is missing: the others then
+    wait for this rank, and not for long. `verifies` the files of an engine that the first rank does not read."""
     manifest = EngineManifest.read(Path(spec.engine_dir))
     engine = open_engine(Path(spec.engine_dir), manifest.lowering, manifest.tensor_parallel)
-    verification = Verification(engine) if verifies else None
     device = _device(spec.place, device_index)
-    communicator = GroupCommunicator(spec.place, reach_store(spec.host, spec.port), device, spec.host)
+    _check_device(spec, device)
+    store = reach_store(spec.host, spec.port)
+    present()
+    verification = Verification(engine) if verifies else None
+    communicator = GroupCommunicator(spec.place, store, device, spec.host)
     runner, _ = _load(spec, communicator, device)
     if verification is not None:
         verification.finish()
     return runner, communicator
+
+
+def _check_device(spec: RankSpec, device: torch.device) -> None:
+    """Raises ConfigError where the first rank computes on another kind of device: each would wait for the others in a
+    group of its own kind."""
+    if device.type == spec.device:
+        return
+    where = f"rank {spec.place.rank} on {socket.gethostname()}"
+    if spec.device == "cuda":
+        raise ConfigError(f"{where}: torch sees no GPU there, and the first rank computes on one")
+    raise ConfigError(
+        f"{where}: the first rank sees no GPU and computes on a processor, torch sees {torch.cuda.device_count()} GPUs"
+        " there; give the first rank's machine its own, or hide these with CUDA_VISIBLE_DEVICES="
+    )
 
 
 def _load(spec: RankSpec, communicator: GroupCommunicator, device: torch.device) -> tuple[Runner, Capacity]:

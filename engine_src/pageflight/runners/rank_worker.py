@@ -50,13 +50,14 @@ def work(line: Connection, device_index: int, engine_dir: Path | None = None, *,
             spec = own_copy(spec, engine_dir)
             from pageflight.runners.parallel import join  # brings torch and the lowering
 
-            line.send_bytes(encode(Present()))
-            runner, communicator = join(spec, device_index, verifies=verifies)
+            runner, communicator = join(
+                spec, device_index, lambda: line.send_bytes(encode(Present())), verifies=verifies
+            )
             gc.collect()
             gc.freeze()  # what start-up made lives as long as the process, and others wait while it is walked through
             try:
                 serve(runner, line)
-            except EOFError:
+            except (EOFError, ConnectionError):  # the latter where the first rank has not read all that was said
                 runner.close()
                 communicator.close()
         except (EOFError, BrokenPipeError, ConnectionError, TimeoutError):
