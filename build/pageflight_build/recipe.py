@@ -296,8 +296,8 @@ def _check_launcher(serving: ServingOptions, instances: Sequence[InstanceSpec]) 
     if serving.launcher != "local" and named:
         instead = ", or set CUDA_VISIBLE_DEVICES on each machine" if serving.launcher == "external" else ""
         raise ConfigError(
-            f"instances={named[0]}: launcher {serving.launcher} uses each machine's GPUs, or all its cores: devices named"
-            f" here would hold for one machine only; leave them out{instead}"
+            f"instances={named[0]}: launcher {serving.launcher} uses each machine's GPUs, or all its cores: devices"
+            f" named here would hold for one machine only; leave them out{instead}"
         )
 
 

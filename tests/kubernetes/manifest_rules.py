@@ -266,7 +266,7 @@ def networks(documents: list[Document]) -> Iterator[str]:
 
 @cache
 def _asking_s() -> float:
-    """The longest that `scripts/healthy` can take: the limits of everything that it asks, seen by a curl that answers."""
+    """The longest that `scripts/healthy` can take: the limits of all that it asks, seen by a curl that answers."""
     with tempfile.TemporaryDirectory() as name:
         curl, asked = Path(name) / "curl", Path(name) / "asked"
         curl.write_text(f'#!/bin/sh\necho "$@" >>{asked}\necho "pageflight_engine_ready 1"\n', encoding="utf-8")

@@ -151,8 +151,8 @@ def test_the_set_has_the_machines_that_its_model_is_built_for() -> None:
 
 
 def test_a_worker_waits_until_its_leader_has_ended() -> None:
-    """A group loses its pods all at once: ranks that ended first took the leader's last streams with them. One answer that
-    did not come in time was taken for its end."""
+    """A group loses its pods all at once: ranks that ended first took the leader's last streams with them. One answer
+    that did not come in time was taken for its end."""
     (worker,) = (pod for pod in pods_of(read(BY_NAME["nodes"])) if pod.role == "worker")
     command = worker.containers[0]["lifecycle"]["preStop"]["exec"]["command"]
     asked, numbers = threading.Event(), itertools.count()
