@@ -2,7 +2,8 @@
 
 A GPU that several instances name, of one model or of several, is divided: those that say their part get it, the others
 share alike what that leaves of `gpu_memory_utilization`. Models whose instances name no devices run on the first GPUs
-that they find: where they and others would take more than there is, each gets its part of what was asked.
+that they find: where they and others would take more than there is, each gets its part of what was asked. Of a model on
+several machines only those of this one count; where Ray chooses GPUs, which ones they are is not known here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ Claims = dict[int, list[_Claim]]
 
 def placements_of(models: Sequence[ModelRecord]) -> dict[str, tuple[Placement, ...]]:
     """The placements of each model's instances by its name; none where they share the machine. `engine_dir` is relative
-    to the engine model's folder. Raises ConfigError when more of a GPU is promised than there is."""
+    to the engine model's folder. Raises ConfigError when more of a GPU is promised than there is, and for two models
+    that machines would join."""
+    _check_joined(models)
     wanted = {model.name: parse_instances(model.serving.instances) for model in models}
     claims = _claims(models)
     return {
@@ -77,8 +80,7 @@ def _claims(models: Sequence[ModelRecord]) -> Claims:
         limit = serving.gpu_memory_utilization
         instances = parse_instances(serving.instances)
         if instances[0].devices.kind == "any":
-            num_gpus = serving.tensor_parallel * serving.pipeline_parallel
-            for gpu in range(num_gpus if model.engines[0].engine in _ON_GPUS else 0):
+            for gpu in range(_num_found(model)):
                 claims.setdefault(gpu, []).append(_Claim(model.name, limit, finds=True))
         for instance in instances:
             for gpu in instance.devices.numbers if instance.devices.kind == "gpu" else ():
@@ -86,6 +88,24 @@ def _claims(models: Sequence[ModelRecord]) -> Claims:
     for gpu, claimed in claims.items():
         _share(gpu, claimed, min(claim.limit for claim in claimed))
     return claims
+
+
+def _num_found(model: ModelRecord) -> int:
+    """How many GPUs of this machine a model finds whose instances name no devices."""
+    serving = model.serving
+    if model.engines[0].engine not in _ON_GPUS or serving.launcher == "ray":
+        return 0
+    return serving.tensor_parallel * serving.pipeline_parallel // serving.nodes
+
+
+def _check_joined(models: Sequence[ModelRecord]) -> None:
+    """Raises ConfigError where machines that join could not tell which model they are for."""
+    joined = [model.name for model in models if model.serving.launcher == "external"]
+    if len(joined) > 1:
+        raise ConfigError(
+            f"launcher='external': {' and '.join(joined)} would both be joined by other machines, and a repository has"
+            " one such model; build the other into a repository of its own"
+        )
 
 
 def _utilization(instance: InstanceSpec, limit: float, claims: Claims) -> float | None:

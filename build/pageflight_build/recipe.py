@@ -292,11 +292,12 @@ def _check_launcher(serving: ServingOptions, instances: Sequence[InstanceSpec]) 
         raise ConfigError(
             f"instances={num_instances}: launcher external has one instance, whose ranks dial in to rank_port"
         )
-    on_gpus = [str(instance.devices) for instance in instances if instance.devices.kind == "gpu"]
-    if serving.launcher != "local" and on_gpus:
+    named = [str(instance.devices) for instance in instances if instance.devices.kind != "any"]
+    if serving.launcher != "local" and named:
+        instead = ", or set CUDA_VISIBLE_DEVICES on each machine" if serving.launcher == "external" else ""
         raise ConfigError(
-            f"instances={on_gpus[0]}: launcher {serving.launcher} uses each machine's GPUs from the first on; leave it"
-            " out, or set CUDA_VISIBLE_DEVICES on each machine"
+            f"instances={named[0]}: launcher {serving.launcher} uses each machine's GPUs, or all its cores: devices"
+            f" named here would hold for one machine only; leave them out{instead}"
         )
 
 

@@ -27,6 +27,7 @@ from pageflight.ranks.local_launcher import LOOPBACK
 from pageflight.ranks.messages import digest_of
 from pageflight.ranks.process_group import open_store
 from pageflight.runners import device_factory
+from perf.gpu_check import tensorrt_ranks
 from perf.gpu_check.card import Card, Record, attempted, failure
 from perf.gpu_check.engine_checks import GRAPH_REQUESTS, Driven, PlanRunner, drive, make_scheduler
 from perf.gpu_check.models import SHAPES
@@ -108,7 +109,8 @@ class Ranks:
 
 
 def parallel(card: Card, folder: Path, layouts: Sequence[tuple[int, int]] = LAYOUTS) -> Iterator[Record]:
-    """Ids and log probabilities of several cards against those of one, then what their messages take."""
+    """Ids and log probabilities of several cards against those of one, then what their messages take; then the same of
+    TensorRT's engines of two ranks, the one card having our kernels."""
     num_cards = torch.cuda.device_count() if card.is_gpu else max(size * stages for size, stages in layouts)
     if num_cards < 2:
         yield {"name": "parallel", "skipped": f"{num_cards} card"}
@@ -130,6 +132,11 @@ def parallel(card: Card, folder: Path, layouts: Sequence[tuple[int, int]] = LAYO
             yield {"name": name, "skipped": f"{num_cards} cards"}
             continue
         yield attempted(name, partial(_compared, name, card, folder / "engine", config, alone, size, stages))
+
+    def compare(name: str, engine: Path) -> Record:
+        return _compared(name, card, engine, config, alone, tensorrt_ranks.SIZE, 1)
+
+    yield from tensorrt_ranks.ranks_of_tensorrt(card, folder, model, MAX_TOKENS, compare)
 
 
 def _compared(

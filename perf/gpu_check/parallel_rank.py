@@ -23,6 +23,7 @@ from pageflight.runners import device_factory
 from pageflight.runners.base import RunnerLimits
 from pageflight.runners.device import DeviceRunner
 from perf.gpu_check.card import Record
+from perf.gpu_check.tensorrt_ranks import load_rank
 
 HIDDEN_SIZE = 8192
 """Of the messages that are timed: a 70B model's, in two bytes."""
@@ -63,7 +64,10 @@ def serve(place: Place, port: int, is_gpu: bool, folder: Path, config: EngineCon
         else:
             torch.set_num_threads(1)
         communicator = GroupCommunicator(place, reach_store(LOOPBACK, port), device, LOOPBACK)
-        with patch.object(device_factory, "free_memory", lambda: ENOUGH):
+        with (
+            patch.object(device_factory, "free_memory", lambda: ENOUGH),
+            patch.object(device_factory, "load_segments", load_rank),
+        ):
             runner, _ = device_factory.load_on_gpu(folder, config, device, communicator=communicator)
         line.send(runner.limits)
         _run(runner, communicator, device, line)

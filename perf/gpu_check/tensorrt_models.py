@@ -136,4 +136,5 @@ def write_engine(
         model=config.to_json(),
         fingerprint={},
         files=tuple(files),
+        tensor_parallel=1 if target is None else target.tensor_parallel,
     ).write(folder)

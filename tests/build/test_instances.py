@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from pageflight.core.placement import Placement, parse_placements, placements_te
 from pageflight_build.instances import instances_text, parse_instances
 from pageflight_build.options import BuildOptions, EngineOptions, ServingOptions
 from pageflight_build.placing import placements_of, utilizations_of
-from pageflight_build.recipe import BuildResult, build
+from pageflight_build.recipe import BuildResult, build, engines_of
 from pageflight_build.record import EngineRecord, ModelRecord
 from pageflight_build.triton_config import Deployment, model_configs
 
@@ -152,10 +153,8 @@ def test_what_only_tensorrt_has_does_not_follow_to_another_engine() -> None:
     assert second.engine_options(base) == EngineOptions(engine="openvino", dtype="bf16")
 
 
-def model(
-    name: str, instances: str, utilization: float = 0.9, *, engine: str = "", tensor_parallel: int = 1
-) -> ModelRecord:
-    serving = ServingOptions(instances=instances, gpu_memory_utilization=utilization, tensor_parallel=tensor_parallel)
+def model(name: str, instances: str, utilization: float = 0.9, *, engine: str = "", **options: Any) -> ModelRecord:
+    serving = ServingOptions(instances=instances, gpu_memory_utilization=utilization, **options)
     engines = tuple(EngineRecord(folder="1/artifacts", inputs="", engine=engine) for _ in parse_instances(instances))
     return ModelRecord(name=name, checkpoint="", engines=engines, serving=serving, default=False)
 
@@ -184,6 +183,41 @@ def test_models_that_find_the_same_gpu_share_its_memory() -> None:
     assert utilizations_of(ranks) == {"a": 0.45, "b": 0.9, "c": 0.9}
     placed = placements_of(ranks)
     assert [placed[name][0].gpu_memory_utilization for name in "bc"] == [0.45, None]
+
+
+def test_a_model_on_several_machines_has_gpus_of_each() -> None:
+    """Two machines of two GPUs: all four were taken from the first, and a model on its third was refused."""
+    cut = {"engine": "torch", "tensor_parallel": 2, "pipeline_parallel": 2, "launcher": "external", "nodes": 2}
+    beside = model("b", "gpu2 gpu_memory_utilization=0.9")
+    assert utilizations_of([model("a", "1", **cut), beside]) == {"a": 0.9, "b": 0.9}
+    assert utilizations_of([model("a", "1", **cut), model("b", "1", engine="torch")]) == {"a": 0.45, "b": 0.45}
+
+
+def test_gpus_that_ray_chooses_are_not_taken_from_this_machine() -> None:
+    """A model beside one of Ray's had half of a GPU, and Ray's half of every card of the cluster."""
+    far = model("a", "1", engine="torch", tensor_parallel=2, launcher="ray")
+    assert utilizations_of([far, model("b", "gpu0"), model("c", "gpu1")]) == {"a": 0.9, "b": 0.9, "c": 0.9}
+    assert placements_of([far, model("b", "gpu0")])["b"][0].gpu_memory_utilization is None
+
+
+def test_a_second_model_that_machines_join_is_refused() -> None:
+    """It was built, and `join` and `node` then found two."""
+    cut = {"engine": "torch", "tensor_parallel": 2, "launcher": "external"}
+    others = [model("c", "1"), model("d", "1", engine="torch", tensor_parallel=2)]
+    placements_of([model("a", "1", **cut), *others])
+    with pytest.raises(ConfigError, match=r"launcher='external': a and b would both be joined"):
+        placements_of([model("a", "1", **cut), *others, model("b", "1", **cut, rank_port=29601)])
+
+
+@pytest.mark.parametrize("launcher", ["external", "ray"])
+@pytest.mark.parametrize("devices", ["cpu:0-1", "cpu", "gpu0,1"])
+def test_devices_of_one_machine_are_not_those_of_others(tmp_path: Path, launcher: str, devices: str) -> None:
+    """The first machine's ranks were held to its cores, those of the others were not."""
+    serving = ServingOptions(instances=devices, launcher=launcher, tensor_parallel=2)
+    engine = EngineOptions(engine="torch")
+    options = BuildOptions(checkpoint=tmp_path, repository=tmp_path, name="m", engine=engine, serving=serving)
+    with pytest.raises(ConfigError, match=f"instances={devices}: launcher {launcher} uses each machine's"):
+        engines_of(options)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -157,6 +162,9 @@ def probes(documents: list[Document]) -> Iterator[str]:
             script, *names = ready.get("exec", {}).get("command", [""])
             if names != [arguments[1].rpartition("/")[2]] or not (ROOT / script.removeprefix(IN_IMAGE)).is_file():
                 yield f"{where}: readiness is not that of the model that it serves"
+            for probe in (ready, alive):
+                if probe.get("timeoutSeconds", 1) <= _asking_s():
+                    yield f"{where}: a probe ends before the {_asking_s():g} s that its questions may take"
             if alive.get("exec") != ready.get("exec"):
                 yield f"{where}: liveness is another question than readiness"
             if _patience_s(alive) < 10 * _patience_s(ready) or _patience_s(alive) < 600:
@@ -254,6 +262,22 @@ def networks(documents: list[Document]) -> Iterator[str]:
         outer = [rule for rule in spec["egress"] if rule.get("to") == [own] and "ports" not in rule]
         if has_ranks is not bool(inner and outer):
             yield f"{name}: ranks do not reach each other, or others do"
+
+
+@cache
+def _asking_s() -> float:
+    """The longest that `scripts/healthy` can take: the limits of all that it asks, seen by a curl that answers."""
+    with tempfile.TemporaryDirectory() as name:
+        curl, asked = Path(name) / "curl", Path(name) / "asked"
+        curl.write_text(f'#!/bin/sh\necho "$@" >>{asked}\necho "pageflight_engine_ready 1"\n', encoding="utf-8")
+        curl.chmod(0o755)
+        path = f"{name}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run([ROOT / "scripts" / "healthy", "m"], env={**os.environ, "PATH": path}, check=True)
+        questions = asked.read_text(encoding="utf-8").splitlines()
+    limits = [re.search(r"-m (\d+)", question) for question in questions]
+    assert len(limits) >= 4
+    assert all(limits), "a question without a limit"
+    return sum(float(limit[1]) for limit in limits if limit)
 
 
 def _patience_s(probe: dict[str, Any]) -> float:

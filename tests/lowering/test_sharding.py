@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,21 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
+def check_same(whole: Driver, parts: Driver, random_ids: Callable[..., list[int]]) -> None:
+    """Chunks, decode steps, rows that sample and rows that do not, a fork: the same logits and the same greedy text."""
+    steps = [({"a": random_ids(40, 1), "b": random_ids(7, 2)}, None), ({"a": random_ids(30, 3), "b": [5]}, {"b"})]
+    for new, samples in [*steps, ({"a": random_ids(3, 4)}, set()), ({"b": [6], "a": [7]}, None)]:
+        expected, found = whole.step(new, samples), parts.step(new, samples)
+        assert expected.keys() == found.keys()
+        if found:
+            assert difference(expected, found) <= FP32_TOLERANCE
+    for driver in (whole, parts):
+        driver.fork("a", "c")
+        for _ in range(4):
+            driver.step({"c": [int(driver.step({"a": [3]})["a"].argmax())]})
+    assert whole.tokens["c"] == parts.tokens["c"]
+
+
 STAGES = {"gqa": [(1, 2), (2, 2), (1, 3)], "tied": [(1, 2)], "biases": [(2, 2)], "odd-sizes": [(5, 2)]}
 """Ranks of a stage, and stages."""
 CUTS = [(shape, size, 1) for shape, sizes in SIZES.items() for size in sizes]
@@ -72,17 +87,7 @@ def test_ranks_have_the_logits_and_the_greedy_text_of_one(workshop, random_ids, 
     is another."""
     whole = workshop.driver(shape, "torch")
     with ranks(workshop, shape, size, num_stages=num_stages) as parts:
-        steps = [({"a": random_ids(40, 1), "b": random_ids(7, 2)}, None), ({"a": random_ids(30, 3), "b": [5]}, {"b"})]
-        for new, samples in [*steps, ({"a": random_ids(3, 4)}, set()), ({"b": [6], "a": [7]}, None)]:
-            expected, found = whole.step(new, samples), parts.step(new, samples)
-            assert expected.keys() == found.keys()
-            if found:
-                assert difference(expected, found) <= FP32_TOLERANCE
-        for driver in (whole, parts):
-            driver.fork("a", "c")
-            for _ in range(4):
-                driver.step({"c": [int(driver.step({"a": [3]})["a"].argmax())]})
-        assert whole.tokens["c"] == parts.tokens["c"]
+        check_same(whole, parts, random_ids)
 
 
 def test_a_layer_takes_two_sums_and_a_pass_two_words_more(workshop, random_ids):

@@ -20,7 +20,7 @@ from pageflight.models.sharding import Shard
 from pageflight.quant.sharding import ShardStore, input_unit
 
 from .conftest import Driver, Workshop
-from .test_sharding import difference
+from .test_sharding import check_same, difference
 from .thread_ranks import ThreadedRanks
 from .walked_model import WalkedModel
 
@@ -56,17 +56,7 @@ def test_ranks_have_the_logits_and_the_greedy_text_of_one(workshop, random_ids, 
     whole = workshop.driver(shape, "torch")
     options = {"constant": True} if form == "constant" else {"collectives": form}
     with ranks(workshop, shape, size, **options) as parts:
-        steps = [({"a": random_ids(40, 1), "b": random_ids(7, 2)}, None), ({"a": random_ids(30, 3), "b": [5]}, {"b"})]
-        for new, samples in [*steps, ({"a": random_ids(3, 4)}, set()), ({"b": [6], "a": [7]}, None)]:
-            expected, found = whole.step(new, samples), parts.step(new, samples)
-            assert expected.keys() == found.keys()
-            if found:
-                assert difference(expected, found) <= FP32_TOLERANCE
-        for driver in (whole, parts):
-            driver.fork("a", "c")
-            for _ in range(3):
-                driver.step({"c": [int(driver.step({"a": [3]})["a"].argmax())]})
-        assert whole.tokens["c"] == parts.tokens["c"]
+        check_same(whole, parts, random_ids)
 
 
 @pytest.mark.parametrize(

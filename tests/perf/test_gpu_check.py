@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from perf.gpu_check import (
     state_checks,
     tensorrt_checks,
     tensorrt_flavors,
+    tensorrt_ranks,
     tensorrt_segments,
     tuning_checks,
 )
@@ -33,8 +34,11 @@ from perf.gpu_check.network_walk import WalkedSegments
 from perf.gpu_check.tensorrt_flavors import in_folder
 
 from pageflight.core.config import EngineConfig
+from pageflight.core.errors import ConfigError
 from pageflight.core.request import Request, SamplingParams
 from pageflight.kernels import gemm_int, tuning
+from pageflight.lowering.communicator import Communicator
+from pageflight.lowering.tensorrt_target import TensorRtTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = Card(torch.device("cpu"))
@@ -229,11 +233,50 @@ def test_rows_rise_again_after_smaller_steps_were_captured(monkeypatch: pytest.M
     assert max(len(request.prompt_ids) + request.sampling.max_tokens for request in submitted) < 96
 
 
-def test_stages_that_are_processes_give_the_ids_of_one_card(tmp_path: Path) -> None:
-    """The runner of GPUs, a process for each stage and gloo between them; and one that says other ids than the card has
-    failed."""
-    one, two = parallel_checks.parallel(CARD, tmp_path, [(1, 2)])
+def test_ranks_that_are_processes_give_the_ids_of_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner of GPUs, a process for each stage and gloo between them; then TensorRT's networks of two ranks, of
+    which nothing asked a card."""
+    monkeypatch.setattr(tensorrt_ranks, "COLLECTIVES", ("inside",))
+    one, two, three = parallel_checks.parallel(CARD, tmp_path, [(1, 2)])
     assert "failed" not in two and two["tokens"] == one["tokens"] and float(str(two["there_and_back_us_1"])) > 0
+    assert three["name"] == "tensor parallel 2 of TensorRT rtx, sums inside engines"
+    assert "failed" not in three and three["tokens"] == one["tokens"] and float(str(three["sum_us_1"])) > 0
+
+
+def _named(name: str, folder: Path) -> Record:
+    return {"name": name}
+
+
+def test_what_a_tensorrt_of_ranks_lacks_is_skipped_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bindings without sums inside, and machines without TensorRT, are no failures, and nobody's silence either."""
+
+    def lacks(trt: ModuleType, target: TensorRtTarget) -> None:
+        if target.collectives == "inside":
+            raise ConfigError("it has no add_dist_collective")
+
+    asked = []
+    monkeypatch.setattr(tensorrt_ranks, "check_collectives", lacks)
+    monkeypatch.setattr(tensorrt_ranks, "write_engine", lambda folder, *arguments: asked.append(folder.name))
+    between, inside = tensorrt_ranks.ranks_of_tensorrt(CARD, tmp_path, SHAPES["tiny"], 64, _named)
+    assert asked == ["rtx-between"] and "skipped" not in between
+    assert inside["skipped"] == "it has no add_dist_collective"
+    monkeypatch.setattr(tensorrt_ranks, "usable", lambda card: iter(()))
+    (none,) = tensorrt_ranks.ranks_of_tensorrt(CARD, tmp_path, SHAPES["tiny"], 64, _named)
+    assert str(none["skipped"]).startswith("rtx: no GPU; full: ")
+
+
+def test_ranks_that_tensorrt_refuses_are_not_served_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels took over, as they do for a server, and gave the right ids in TensorRT's name."""
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise ConfigError("it does not take the card")
+
+    monkeypatch.setattr(tensorrt_ranks, "load_segments", refused)
+    engine: Any = None
+    with pytest.raises(RuntimeError, match="does not take the card"):
+        tensorrt_ranks.load_rank(engine, tmp_path, torch.device("cuda"), communicator=cast(Communicator, None))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ IN_PROCESS = {
     "tensorrt_flavors.py",
     "tensorrt_models.py",
     "tensorrt_networks.py",
+    "tensorrt_ranks.py",
     "tensorrt_segments.py",
     "tuning_checks.py",
     "virtual_engine.py",

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable
 
 from pageflight.core.errors import Draining, EngineLost, InvalidArgument, PageflightError, QueueFull
-from pageflight.core.events import TokenEvent
-from pageflight.core.plan import Finished
 from pageflight.loop.address import CoreAddress
 from pageflight.loop.book import Book, Handles
 from pageflight.loop.client import CoreClient, Disconnected
 from pageflight.loop.core_link import CoreLink, admission_of
 from pageflight.loop.deaths import read_deaths
+from pageflight.loop.endings import Endings
 from pageflight.loop.frames import (
     PROTOCOL,
     Beat,
@@ -34,7 +33,7 @@ from pageflight.loop.frames import (
 )
 from pageflight.loop.news import News
 from pageflight.loop.observer import Observer
-from pageflight.loop.observing import observe_end, observe_tokens
+from pageflight.loop.observing import observe_tokens
 from pageflight.loop.open_sequence import Generation, OpenSequence, SharedStops, Sink, TextSource, request_of
 from pageflight.loop.outbox import Outbox
 from pageflight.loop.pacing import Pacing
@@ -86,6 +85,7 @@ class Front:
         self._lock = threading.Lock()  # guards what submit and cancel share with the response thread
         self._idle = threading.Condition(self._lock)
         self._book = Book()
+        self._endings = Endings(self._book, self._outbox, observer, self._idle)
         self._core = CoreLink(self._client)
         self._verdicts = Verdicts(self._core)
         self._supervision = Supervision(address)
@@ -273,7 +273,7 @@ class Front:
             self._core.leave()
             for sequence in list(self._book.open.values()):
                 sequence.ending = sequence.ending or "cancelled"
-                self._finish(sequence, "", "cancelled", None)
+                self._endings.finish(sequence, "", "cancelled", None)
             self._client.close()
 
     def _handle(self, messages: list[FromCore | Disconnected]) -> None:
@@ -316,13 +316,13 @@ class Front:
                 stopped.append(sequence.handle)
             finished = finals.pop(sequence, None)
             if finished is not None:
-                self._finish(sequence, text, finished.reason, finished)
+                self._endings.finish(sequence, text, finished.reason, finished)
                 continue
             sequence.hold(text)
             if sequence.generation.stream:
                 self._outbox.add(sequence, now_ns)
         for sequence, finished in finals.items():
-            self._finish(sequence, "", finished.reason, finished)
+            self._endings.finish(sequence, "", finished.reason, finished)
         if stopped:
             with self._lock:
                 self._let_go([handle for handle in stopped if handle in self._book.open])
@@ -331,41 +331,6 @@ class Front:
         sequence.ending = "cancelled"
         with self._lock:
             self._let_go([sequence.handle])
-
-    def _finish(
-        self,
-        sequence: OpenSequence,
-        text: str,
-        reason: str,
-        finished: Finished | None,
-        error: PageflightError | None = None,
-    ) -> None:
-        """Deliver the final event, if it has not been yet."""
-        event = self._end(sequence, text, reason, finished, error)
-        if event is not None:
-            observe_end(self._observer, sequence, event, finished)
-
-    def _end(
-        self,
-        sequence: OpenSequence,
-        text: str,
-        reason: str,
-        finished: Finished | None,
-        error: PageflightError | None,
-    ) -> TokenEvent | None:
-        with self._lock:
-            if not self._book.remove(sequence):
-                return None
-            self._outbox.forget(sequence)
-        event = sequence.final_event(text, sequence.ending or reason, finished, error)
-        try:
-            sequence.sink(event)
-        except Exception:
-            log.exception("the receiver of request %r failed at its end", sequence.generation.request_id)
-        with self._lock:
-            if not self._book.open:
-                self._idle.notify_all()
-        return event
 
     def _let_go(self, handles: list[int]) -> None:
         """Tell the core to end these. Under the lock; without a core the response thread ends them itself."""
@@ -397,8 +362,8 @@ class Front:
         self._observer.refused(type(error).__name__)
         count = 1 if leader.alone else leader.generation.sampling.n
         for handle in range(message.handle, message.handle + count):
-            if handle in self._book.open:  # refused, so nothing that the histograms of finished requests should count
-                self._end(self._book.open[handle], "", "error", None, error)
+            if handle in self._book.open:
+                self._endings.refuse(self._book.open[handle], error)
 
     def _overflows(self, epoch: int, leader: OpenSequence) -> bool:
         """Whether another core takes the generation that this one's queue has no room for. Nothing of it has begun."""
@@ -418,7 +383,7 @@ class Front:
             late = self._book.pop_late(now_s)
             self._core.end(tuple(sequence.handle for sequence in late), by_client=False)
         for sequence in late:
-            self._finish(sequence, "", "deadline", None)
+            self._endings.finish(sequence, "", "deadline", None)
 
     # ---- cores that come and go, response thread
 
@@ -437,7 +402,7 @@ class Front:
             # What was cancelled until now the core will never hear of; what is from now on, it is told.
             decided = [sequence for sequence in self._book.open.values() if sequence.ending is not None]
         for sequence in decided:
-            self._finish(sequence, "", "cancelled", None)
+            self._endings.finish(sequence, "", "cancelled", None)
         self._settled.set()
         num_open, num_restarts = self.num_open, self._supervision.new_restarts()
         if is_restart:
@@ -450,7 +415,7 @@ class Front:
         for sequence in list(self._book.open.values()):
             reason = sequence.ended_by_itself()
             if sequence.ending is None and reason is not None:
-                self._finish(sequence, "", reason, None)
+                self._endings.finish(sequence, "", reason, None)
         epoch = self._core.last_epoch
         death = read_deaths(self._address.deaths).get(epoch or 0)
         if death is not None and epoch != self._judged_epoch:
@@ -477,13 +442,13 @@ class Front:
         for sequence, poison in self._verdicts.pronounce():
             if sequence.handle in self._book.open:
                 self._observer.poisoned()
-                self._finish(sequence, "", "error", None, poison)
+                self._endings.finish(sequence, "", "error", None, poison)
 
     def _end_decided(self) -> None:
         """Sequences whose end the front has decided do not need a core to confirm it when there is none."""
         for sequence in list(self._book.open.values()):
             if sequence.ending is not None:
-                self._finish(sequence, "", sequence.ending, None)
+                self._endings.finish(sequence, "", sequence.ending, None)
 
     def _give_up(self, error: PageflightError) -> None:
         with self._lock:
@@ -491,5 +456,5 @@ class Front:
             self._core.lose()
         self._reroute()
         for sequence in list(self._book.open.values()):
-            self._finish(sequence, "", "error", None, self._loss)
+            self._endings.finish(sequence, "", "error", None, self._loss)
         self._settled.set()
