@@ -31,8 +31,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 def open_store(host: str) -> tuple[TCPStore, int]:
     """Where ranks find each other, and its port. The first rank keeps it, at its address `host` and no other."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
+    with socket.socket() as listener:
         listener.bind((host, 0))
         listener.listen()
         port = listener.getsockname()[1]
