@@ -20,6 +20,7 @@ import pytest
 import torch
 from engines import make_checkpoint, make_engine
 from joined import config_of
+from msgspec import structs
 
 from pageflight.core.config import EngineConfig, KVConfig, SchedulerConfig
 from pageflight.core.errors import ConfigError, PageflightError, RankLost
@@ -233,7 +234,8 @@ def test_torch_does_not_abort_a_process_that_has_lost_a_rank(monkeypatch: pytest
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "lo")
     monkeypatch.setattr(process_group.dist, "init_process_group", lambda *_, **__: seen.update(os.environ))
-    process_group.GroupCommunicator(Place(rank=0), None, torch.device("cuda", 0), "127.0.0.1")  # type: ignore[arg-type]
+    store = process_group.dist.HashStore()
+    process_group.GroupCommunicator(Place(rank=0), store, torch.device("cuda", 0), "127.0.0.1")
     assert seen["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == seen["TORCH_NCCL_ENABLE_MONITORING"] == "0"
 
 
@@ -301,3 +303,29 @@ def test_an_instance_has_all_of_the_gpus_that_ray_gives_it(engine: Path, monkeyp
         with pytest.raises(Stop) as caught:
             load_parallel(engine, config, num_threads=1, num_instances=4)
         assert caught.value.args == (expected,)
+
+
+def test_machines_that_share_cores_divide_them(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines that were tried on one computed with all of its cores each, and kept each other waiting: a step took
+    six times as long."""
+    given: list[int] = []
+
+    def load_rank(lowering: object, folder: Path, communicator: object, *, num_threads: int) -> None:
+        given.append(num_threads)
+        raise ConfigError("that was all")
+
+    monkeypatch.setattr(parallel.TorchLowering, "load_rank", load_rank)
+    for num_here in (1, 2, 16):
+        communicator: Any = SimpleNamespace(num_here=num_here)
+        with pytest.raises(ConfigError, match="that was all"):
+            parallel._load(structs.replace(spec_of(engine), num_threads=8), communicator, torch.device("cpu"))
+    assert given == [8, 4, 1]
+
+
+def test_ranks_of_one_machine_know_that_they_share_its_cores(engine: Path) -> None:
+    """As above: nobody else counts them, for machines are told apart by number."""
+    runner, _ = load_parallel(engine, config_of(1, tensor_parallel=2), num_threads=2, num_instances=1)
+    try:
+        assert runner._communicator.num_here == 2
+    finally:
+        runner.close()

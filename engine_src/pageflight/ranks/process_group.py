@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,12 @@ def _interface(name: str) -> Iterator[None]:
             del os.environ[variable]
 
 
+def _cores() -> str:
+    """Tells processes that share processors from others: those of one kernel, and of one container."""
+    container = os.stat("/proc/self/ns/cgroup").st_ino
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {container}"
+
+
 class GroupCommunicator:
     """This process as one rank of the process group, of which it has one, and as one of the ranks of its stage."""
 
@@ -78,6 +85,7 @@ class GroupCommunicator:
 
     def _meet(self, place: Place, store: Store, device: torch.device) -> None:
         is_gpu = device.type == "cuda"
+        store.set(f"cores of {place.rank}", _cores())
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",
             store=store,
@@ -86,6 +94,9 @@ class GroupCommunicator:
             timeout=TIMEOUT,
             device_id=device if is_gpu else None,
         )
+        cores = [store.get(f"cores of {rank}") for rank in range(place.num_ranks)]
+        self.num_here = cores.count(cores[place.rank])
+        """Ranks that share this one's processors."""
         self._stage = self._passing = self._announcing = dist.group.WORLD
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # tensors that somebody may still read
         if place.pipeline_parallel > 1:

@@ -159,7 +159,7 @@ def load_parallel(
                 device=device.type,
                 host=launcher.host,
                 port=port,
-                num_threads=max(1, num_threads // num_local),
+                num_threads=num_threads,
                 num_instances=num_instances,
             )
             for place in places
@@ -227,7 +227,9 @@ def _load(spec: RankSpec, communicator: GroupCommunicator, device: torch.device)
         from pageflight.runners.device_factory import load_on_gpu  # brings triton
 
         return load_on_gpu(engine_dir, spec.config, device, num_instances=spec.num_instances, communicator=communicator)
-    model = lowering.load_rank(engine_dir, communicator, num_threads=spec.num_threads)
+    # Divided by who is really here: machines that share a kernel, as when several are tried on one, share its cores.
+    num_threads = max(1, spec.num_threads // communicator.num_here)
+    model = lowering.load_rank(engine_dir, communicator, num_threads=num_threads)
     manifest, num_instances = EngineManifest.read(engine_dir), spec.num_instances
     if spec.place.pipeline_parallel > 1:
         return run_stage(model, manifest, spec.config, communicator, num_instances=num_instances)
