@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,7 +325,8 @@ def test_machines_that_share_cores_divide_them(engine: Path, monkeypatch: pytest
 
 def test_ranks_of_one_machine_know_that_they_share_its_cores(engine: Path) -> None:
     """As above: nobody else counts them, for machines are told apart by number."""
-    runner, _ = load_parallel(engine, config_of(1, tensor_parallel=2), num_threads=2, num_instances=1)
+    config = replace(config_of(1, tensor_parallel=2), launcher="local", num_nodes=1)
+    runner, _ = load_parallel(engine, config, num_threads=2, num_instances=1)
     try:
         assert runner._communicator.num_here == 2
     finally:
